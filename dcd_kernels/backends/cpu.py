@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled CPU kernels: every form, in float32 and float64, and in half precision through float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import extension
+
+NAME = "cpu"
+KERNEL = "compiled kernels for this CPU"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def can_run(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    p: Tensor | None = None,
+    phi: Tensor | None = None,
+    q: Tensor | None = None,
+    lam: Tensor | None = None,
+) -> tuple[bool, str]:
+    """Whether the compiled kernels take a checked call, and why not.
+
+    ``op`` is 'pointwise', 'apply', 'depthwise' or 'joint'; ``weight`` is apply's static output, ``q`` is depthwise's
+    r. All operands share one device by then, and all but lam, phi and bias one dtype.
+    """
+    if not extension.LOADED:
+        return False, extension.REASON
+    if not input.is_cpu:
+        return False, f"input is on {input.device}, these kernels run on the CPU"
+    if input.dtype not in _DTYPES:
+        return False, f"{input.dtype} is not one of float32, float64, bfloat16, float16"
+    return True, "CPU tensors of a supported dtype"

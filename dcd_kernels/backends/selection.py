@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which backend runs an operator.
+
+'auto' takes the first backend whose ``can_run`` agrees; a backend that was asked for by name and cannot run a call
+raises with its reason. The same predicates write :func:`dcd_kernels.explain` and the support table.
+
+Environment: ``DCD_KERNELS_BACKEND``, read at import, sets what :class:`use_backend` sets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Self
+
+from torch import Tensor
+
+from . import cpu, reference
+
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+ENVIRONMENT = "DCD_KERNELS_BACKEND"
+_BUILT = {cpu.NAME: cpu, reference.NAME: reference}
+_AUTO = (cpu, reference)  # in order of preference; the last one runs everything
+_ABSENT = "not built in this version"
+
+
+def _valid(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    return name
+
+
+# Plain module globals: torch.compile reads and guards them, and reading one costs nothing on the way to a kernel.
+_requested: str = _valid(os.environ.get(ENVIRONMENT, "").strip().lower() or "auto", ENVIRONMENT)
+_observer: Callable | None = None
+
+
+class use_backend:
+    """Choose the backend: ``use_backend('cpu')`` sets it, ``with use_backend('cpu'):`` sets and restores it.
+
+    The choice holds for the whole process, all threads. 'auto' takes the best backend that runs a call; any other
+    name is an order: a call that this backend cannot run raises RuntimeError with its reason.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        self._name = _valid(name, "backend")
+        self._before = _requested
+        _requested = name
+
+    def __enter__(self) -> Self:
+        global _requested
+        _requested = self._name  # again, for an object that is entered twice
+        return self
+
+    def __exit__(self, *_) -> None:
+        global _requested
+        _requested = self._before
+
+
+def current() -> str:
+    """The name last given to :class:`use_backend` (or by the environment); 'auto' unless somebody chose."""
+    return _requested
+
+
+def select(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    p: Tensor | None = None,
+    phi: Tensor | None = None,
+    q: Tensor | None = None,
+    lam: Tensor | None = None,
+) -> str:
+    """Name of the backend for a checked call of ``op`` ('pointwise', 'apply', 'depthwise', 'joint').
+
+    Raises:
+        RuntimeError: a backend was chosen by name and cannot run this call.
+    """
+    if _observer is not None:
+        _observer(op, input, weight, p, phi, q, lam)
+    if _requested == "auto":
+        for backend in _AUTO:
+            if backend.can_run(op, input, weight, p, phi, q, lam)[0]:
+                return backend.NAME
+    able, reason = ask(_requested, op, input, weight, p, phi, q, lam)
+    if not able:
+        raise RuntimeError(
+            f"backend '{_requested}' cannot run {op}: {reason}; use_backend('auto') takes another one"
+        )
+    return _requested
+
+
+def ask(name: str, op: str, *tensors: Tensor | None) -> tuple[bool, str]:
+    """``can_run`` of the backend called ``name``, also for those that this version does not build."""
+    backend = _BUILT.get(name)
+    return (False, _ABSENT) if backend is None else backend.can_run(op, *tensors)
