@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Numbers are checked before any time is taken: a candidate that is wrong gets no time.
+
+The truth is the equation itself in float64. A candidate may err twice as much as the plain PyTorch
+composition (weights written out, one product) errs in the candidate's own precision, plus 4 eps of the size
+of the result; for parameter gradients √(N·HW) eps, as libraries differ in how they order a sum over all
+pixels (the tests hold our own gradients to the narrower limit). Errors are Frobenius norms over a whole
+tensor: one wrong element among a million is still far beyond the limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .candidates import DYNAMIC_LEAVES, FORWARD, STATIC_LEAVES, Result
+from .cases import Operands
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`error` is the largest error relative to its truth over the tensors checked."""
+
+    right: bool
+    error: float
+    reason: str = ""
+
+
+def composition(operands: Operands, dtype: torch.dtype, dynamic: bool, task: str) -> dict[str, torch.Tensor]:
+    """y, and for training the gradients, by writing W_n out and multiplying, in `dtype`."""
+    names = DYNAMIC_LEAVES if dynamic else STATIC_LEAVES
+    leaves = {
+        name: leaf.detach().to(dtype).requires_grad_(task != FORWARD)
+        for name, leaf in operands.leaves("nchw", names).items()
+    }
+    x, weight = leaves["input"], leaves["weight"][:, :, 0, 0].expand(operands.case.batch, -1, -1)
+    if dynamic:
+        weight = leaves["lam"][:, :, None] * weight + leaves["p"] @ leaves["phi"] @ leaves["q"].t()
+    y = torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+    if task == FORWARD:
+        return {"output": y}
+    gradients = torch.autograd.grad(y, list(leaves.values()), operands.grad.to(dtype))
+    return {"output": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+class Truth:
+    """The float64 truth of one case and task, and how far the fp32 composition is from it."""
+
+    def __init__(self, operands: Operands, dynamic: bool, task: str):
+        self.exact = composition(operands, torch.float64, dynamic, task)
+        self.limit = {}
+        pixels = operands.case.batch * operands.case.size**2
+        for name, single in composition(operands, torch.float32, dynamic, task).items():
+            size = self.exact[name].norm().item()
+            error = (single.double() - self.exact[name]).norm().item()
+            share = 4.0 if name in ("output", "input") else max(4.0, pixels**0.5)
+            self.limit[name] = 2.0 * error + share * torch.finfo(torch.float32).eps * size
+
+    def check(self, result: Result) -> Verdict:
+        """Compare a candidate's result with the truth."""
+        found = result if isinstance(result, dict) else {"output": result}
+        if found.keys() != self.exact.keys():
+            return Verdict(False, float("nan"), f"returned {sorted(found)}, expected {sorted(self.exact)}")
+        worst = 0.0
+        for name, exact in self.exact.items():
+            tensor = found[name]
+            if tensor.shape != exact.shape:
+                reason = f"{name} has shape {tuple(tensor.shape)}, expected {tuple(exact.shape)}"
+                return Verdict(False, float("nan"), reason)
+            error = (tensor.detach().double() - exact).norm().item()
+            relative = error / max(exact.norm().item(), torch.finfo(torch.float64).tiny)
+            # written so that a NaN, which compares false with everything, is refused
+            if not error <= self.limit[name]:
+                limit = self.limit[name]
+                return Verdict(False, relative, f"{name} is off by {error:.3e}, the limit is {limit:.3e}")
+            worst = max(worst, relative)
+        return Verdict(True, worst)
+
+
+def check_operands(operands: Operands) -> None:
+    """Refuse subnormal operands: they slow some instruction sequences a hundredfold. Raises ValueError."""
+    for name in ("input", *DYNAMIC_LEAVES[1:], "grad"):
+        tensor = getattr(operands, name)
+        tiny = torch.finfo(tensor.dtype).tiny
+        if bool(((tensor != 0) & (tensor.abs() < tiny)).any()):
+            raise ValueError(f"{name} has subnormal values; benchmark operands must have none")
