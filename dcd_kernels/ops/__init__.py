@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The operators of the extension in torch's dispatcher, and the entry points that call them.
+
+The schemas and kernels are defined in csrc/; this package adds what torch needs around them: fake
+implementations (fakes.py), gradients (autograd.py), the autocast rule (autocast.py). Arguments are
+not checked here: `dcd_kernels.functional` does that before it lowers to these ops, and the kernels
+refuse what they cannot compute.
+
+`torch.ops.dcd_kernels.*` may be called directly with the same results. The entry points below are the
+same calls with less overhead in eager mode.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import autocast, autograd, fakes
+
+__all__ = ["apply", "depthwise", "pointwise"]
+
+_NAMES = ("pointwise", "apply", "depthwise")
+
+
+def _require_extension() -> None:
+    missing = [name for name in _NAMES if not hasattr(torch.ops.dcd_kernels, name)]
+    if missing:
+        from dcd_kernels import extension
+
+        raise ImportError(
+            f"dcd_kernels.ops needs the compiled extension, which is not loaded: {extension.REASON}. "
+            "Without it dcd_kernels.reference serves every form."
+        )
+
+
+_require_extension()
+
+_pointwise = torch.ops.dcd_kernels.pointwise.default
+_apply = torch.ops.dcd_kernels.apply.default
+_depthwise = torch.ops.dcd_kernels.depthwise.default
+
+_FORMS = (
+    autograd.convolution(_pointwise, torch.ops.dcd_kernels.pointwise_backward.default),
+    autograd.addition(_apply, torch.ops.dcd_kernels.apply_backward.default),
+    autograd.convolution(_depthwise, torch.ops.dcd_kernels.depthwise_backward.default),
+)
+
+# The registrations live as long as this object.
+_library = torch.library.Library("dcd_kernels", "FRAGMENT")
+
+
+fakes.register(_library)
+autocast.register(_library, [form.forward for form in _FORMS])
+_pointwise_function, _apply_function, _depthwise_function = (
+    autograd.register(_library, form) for form in _FORMS
+)
+
+
+def _call(op, function, *args) -> Tensor:
+    """`op(*args)`, by the shortest way that computes the same.
+
+    The autograd kernel that register_autograd installs is Python: 4 microseconds a call where nothing
+    requires a gradient, 20 where something does. Outside of tracing and torch.func the dispatcher is
+    therefore entered below it, and gradients come from an autograd.Function applied here. Under
+    autocast the casts must be recorded too, and they are made above autograd, in the dispatcher.
+    """
+    if autograd.is_traced():
+        return op(*args)
+    if not autograd.needs_graph(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    if torch._C._is_any_autocast_enabled():
+        return op(*args)
+    return function.apply(None, *args)
+
+
+def pointwise(
+    input: Tensor,
+    weight: Tensor,
+    p: Tensor | None,
+    phi: Tensor | None,
+    q: Tensor | None,
+    lam: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """y_n = act(lam_n * (W0 x_n) + P phi_n Q^T x_n + bias + residual), Eqs. 5 to 7.
+
+    input (N, Ci, *spatial) with at least one spatial dimension, weight (Co, Ci), p (Co, L), phi
+    (N, L, L) or block-diagonal (N, B, L, L), q (Ci, L), lam (N, Co), bias (Co,) or (N, Co), residual
+    (N, Co, *spatial), activation a code of
+    `checks.ACTIVATIONS`. p, phi and q are given together or not at
+    all. All of one dtype; phi, lam and bias may be float32 beside float16 or bfloat16.
+
+    Returns (N, Co, *spatial), channels-last where the input is, else contiguous. Raises RuntimeError
+    for what the kernels cannot compute.
+    """
+    return _call(_pointwise, _pointwise_function, input, weight, p, phi, q, lam, bias, residual, activation)
+
+
+def apply(
+    static: Tensor,
+    input: Tensor,
+    p: Tensor | None,
+    phi: Tensor | None,
+    q: Tensor | None,
+    lam: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """y_n = act(lam_n * static_n + P phi_n Q^T x_n + bias + residual), behind any static layer.
+
+    static (N, Co, *spatial), input (N, Ci, *spatial) sampled to static's spatial size; the rest as in
+    `pointwise`. With q=None the input is the latent itself and phi is rectangular, (N, L, Ci): the
+    last step of Eq. 9. With p, phi and q None the input is not read.
+
+    Returns (N, Co, *spatial), channels-last where static is, else contiguous. Raises RuntimeError for
+    what the kernels cannot compute.
+    """
+    return _call(_apply, _apply_function, static, input, p, phi, q, lam, bias, residual, activation)
+
+
+def depthwise(
+    input: Tensor,
+    weight: Tensor,
+    p: Tensor | None,
+    phi: Tensor | None,
+    r: Tensor | None,
+    lam: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: int,
+) -> Tensor:
+    """y_n = act((lam_n W0 + P phi_n R^T) * x_n + bias + residual), a depthwise convolution, Eq. 8.
+
+    input (N, Ci, *spatial), weight (Co, 1, *k) with Co a multiple of Ci, p (Co, L), phi (N, L, L),
+    r (prod k, L) over the kernel's taps in row-major order, lam (N, Co), bias (Co,) or (N, Co),
+    residual like the output; stride, padding and dilation with one entry a spatial dimension. Dtypes
+    and activation as in `pointwise`.
+
+    Returns (N, Co, *out), channels-last where the input is, else contiguous. Raises RuntimeError for
+    what the kernels cannot compute.
+    """
+    return _call(
+        _depthwise,
+        _depthwise_function,
+        input,
+        weight,
+        p,
+        phi,
+        r,
+        lam,
+        bias,
+        residual,
+        stride,
+        padding,
+        dilation,
+        activation,
+    )
