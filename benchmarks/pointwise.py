@@ -153,7 +153,7 @@ def _print_setup(console, run: dict, plan) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"instruction set: asked {run['isa']}, ours {run['ours_isa']}, ATen {run['aten_isa']}, oneDNN limit "
+        f"ours on backend {run['backend']}; instruction set: asked {run['isa']}, ours {run['ours_isa']}, ATen {run['aten_isa']}, oneDNN limit "
         f"{run['onednn_limit']}; clock: {run['clock']}; {'with' if plan.consumer else 'without'} a consumer",
         soft_wrap=True,
     )
@@ -175,8 +175,8 @@ def _print_noise(console, all_rows: list[dict]) -> None:
     faults = max(timed, key=lambda row: row["faults_per_call"])
     rounds = [row["rounds"] for row in timed]
     console.print(
-        f"noise: {preempted:.1%} of the blocks were preempted; rounds a case: {min(rounds)} to {max(rounds)}; "
-        f"page faults a call at most {faults['faults_per_call']:.1f} ({faults['candidate']}, "
+        f"noise: {preempted:.1%} of the blocks were preempted; rounds a case: "
+        f"{min(rounds)} to {max(rounds)}; page faults a call at most {faults['faults_per_call']:.1f} ({faults['candidate']}, "
         f"{faults['in_channels']}→{faults['out_channels']}@{faults['size']} batch {faults['batch']})",
         soft_wrap=True,
     )
