@@ -153,7 +153,8 @@ def _print_setup(console, run: dict, plan) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"ours on backend {run['backend']}; instruction set: asked {run['isa']}, ours {run['ours_isa']}, ATen {run['aten_isa']}, oneDNN limit "
+        f"ours on backend {run['backend']}; instruction set: asked {run['isa']}, "
+        f"ours {run['ours_isa']}, ATen {run['aten_isa']}, oneDNN limit "
         f"{run['onednn_limit']}; clock: {run['clock']}; {'with' if plan.consumer else 'without'} a consumer",
         soft_wrap=True,
     )
@@ -176,8 +177,9 @@ def _print_noise(console, all_rows: list[dict]) -> None:
     rounds = [row["rounds"] for row in timed]
     console.print(
         f"noise: {preempted:.1%} of the blocks were preempted; rounds a case: "
-        f"{min(rounds)} to {max(rounds)}; page faults a call at most {faults['faults_per_call']:.1f} ({faults['candidate']}, "
-        f"{faults['in_channels']}→{faults['out_channels']}@{faults['size']} batch {faults['batch']})",
+        f"{min(rounds)} to {max(rounds)}; page faults a call at most {faults['faults_per_call']:.1f} "
+        f"({faults['candidate']}, {faults['in_channels']}→{faults['out_channels']}@{faults['size']} "
+        f"batch {faults['batch']})",
         soft_wrap=True,
     )
 
