@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The dynamic branch: from a tensor to the coefficients λ and Φ (paper, Section 3.4, Figure 2)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcd_kernels.nn.latent import squeeze_channels as default_squeeze_channels
+
+
+def _hardsigmoid2(logits: Tensor) -> Tensor:
+    return F.relu6(logits + 3) / 3
+
+
+# name -> (λ of the logits, whether λ(0) is 1 with a gradient)
+LAM_ACTIVATIONS: dict[str | None, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "hardsigmoid2": (_hardsigmoid2, True),
+    "sigmoid2": (lambda logits: 2 * torch.sigmoid(logits), True),
+    "hardsigmoid": (F.hardsigmoid, False),
+    "sigmoid": (torch.sigmoid, False),
+    None: (lambda logits: 1 + logits, True),
+}
+
+GATES: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    None: lambda hidden: hidden,
+}
+
+ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+# Of the two coefficients' logits at the start, relative to what nn.Linear would give: small, so that a fresh
+# layer is close to its static kernel, and not zero, so that P, Q and the first FC get a gradient at once.
+INITIAL_SCALE = 0.1
+
+
+def one_of(argument: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {list(choices)}, got {value!r}")
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def _bins(length: int, count: int) -> list[tuple[int, int]]:
+    """Bins of adaptive pooling, ``[⌊i·length/count⌋, ⌈(i+1)·length/count⌉)``: they overlap on odd sizes."""
+    return [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]
+
+
+def _slice_means(input: Tensor, pool_size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Adaptive average pooling one axis after the other, as means of slices accumulated in ``dtype``."""
+    for axis, count in enumerate(pool_size, start=2):
+        bins = _bins(input.shape[axis], count)
+        input = torch.stack([input.narrow(axis, a, b - a).mean(axis, dtype=dtype) for a, b in bins], axis)
+    return input.flatten(1)
+
+
+def _pool(input: Tensor, pool_size: tuple[int, ...] | None) -> Tensor:
+    """Adaptive average pooling of ``(N, C, *spatial)`` to ``(N, C·∏pool_size)``, in fp32 or better."""
+    dtype = _accumulator(input)
+    if input.dim() == 2:
+        return input.to(dtype)
+    if pool_size is None:
+        return input.mean(tuple(range(2, input.dim())), dtype=dtype)
+    # torch's adaptive pooling is faster, but rounds its result to half, and its CUDA backward is not
+    # deterministic.
+    deterministic = input.is_cuda and torch.are_deterministic_algorithms_enabled()
+    if input.dtype != dtype or deterministic:
+        return _slice_means(input, pool_size, dtype)
+    return ADAPTIVE_POOLS[input.dim() - 2](input, pool_size).flatten(1)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
+    """``layer(input)`` in the dtype of ``input``, which may be wider than the parameters'."""
+    if layer.weight.dtype == input.dtype:
+        return layer(input)
+    bias = None if layer.bias is None else layer.bias.to(input.dtype)
+    return F.linear(input, layer.weight.to(input.dtype), bias)
+
+
+class DynamicBranch(nn.Module):
+    """Pool → FC → activation or gate → FC into the logits of λ and Φ.
+
+    With ``x̄`` the pooled input, flattened to ``I = in_channels·∏pool_size`` numbers a sample::
+
+        h = gate(squeeze x̄)                       squeeze: (s, I)
+        (logits of λ, Φ) = dropout(expand h)      expand: (lam_channels + ∏phi_shape, s)
+        λ = lam_activation(logits)
+
+    The whole branch is computed in fp32 where the input is fp16 or bf16, under autocast too, and so are the
+    coefficients it returns; float64 stays float64. A fresh branch gives λ near 1 and Φ near 0.
+
+    Args:
+        in_channels: channels of the tensor that the coefficients are computed from.
+        lam_channels: length of λ, the layer's output channels; 0 for no λ.
+        phi_shape: shape of Φ of one sample: ``(L, L)``; ``(B, L_b, L_b)`` block-diagonal, Eq. 7;
+            ``(L_k, L_k)`` depthwise, Eq. 8; ``(L_k, L, L)`` joint, Eq. 9; None for no Φ.
+        reduction: ``r``; ``s = max(in_channels, lam_channels) // r``, at least 4.
+        squeeze_channels: ``s`` itself; overrides ``reduction``.
+        pool_size: output size of the adaptive average pooling: 1, or one number per spatial dimension.
+        gate: what stands between the two FCs: an activation ``'relu'`` (paper), ``'relu6'``, ``'silu'``,
+            ``'hardswish'``; ``'se'``, the released form's gate ``h·relu6(fc(h) + 3)/3``, whose FC is (s, s);
+            or None.
+        lam_activation: ``'hardsigmoid2'`` = ``relu6(z + 3)/3`` (0 to 2, released form), ``'sigmoid2'`` =
+            ``2σ(z)``, ``'hardsigmoid'`` and ``'sigmoid'`` (0 to 1; λ starts at 1/2), or None: ``1 + z``.
+        dropout: probability of dropping a logit in training; a dropped one leaves λ = λ(0) and Φ = 0.
+        bias: biases on the FCs. Off by default: the paper counts none, and λ(0) is 1 without.
+        device, dtype: of the parameters.
+
+    Shapes:
+        input ``(N, in_channels, *spatial)`` of any rank ≥ 2 (a tuple as ``pool_size`` fixes the number of
+        spatial dimensions) → ``(lam (N, lam_channels) or None, phi (N, *phi_shape) or None)``.
+
+    Raises:
+        ValueError: options out of range or unknown, a branch with nothing to compute, or input of the wrong
+            rank or channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        lam_channels: int,
+        phi_shape: Sequence[int] | None,
+        *,
+        reduction: int = 16,
+        squeeze_channels: int | None = None,
+        pool_size: int | Sequence[int] = 1,
+        gate: str | None = "relu",
+        lam_activation: str | None = "hardsigmoid2",
+        dropout: float = 0.0,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        phi_shape = None if phi_shape is None else tuple(phi_shape)
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+        if lam_channels < 0:
+            raise ValueError(f"lam_channels must be at least 0, got {lam_channels}")
+        if phi_shape is not None and (not phi_shape or min(phi_shape) < 1):
+            raise ValueError(f"phi_shape must have sizes of at least 1, got {phi_shape}")
+        if lam_channels == 0 and phi_shape is None:
+            raise ValueError(
+                "lam_channels must be at least 1 where phi_shape is None: there is nothing to compute"
+            )
+        if squeeze_channels is None:
+            squeeze_channels = default_squeeze_channels(in_channels, lam_channels, reduction)
+        elif squeeze_channels < 1:
+            raise ValueError(f"squeeze_channels must be at least 1, got {squeeze_channels}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        one_of("gate", gate, [*GATES, "se"])
+        one_of("lam_activation", lam_activation, list(LAM_ACTIVATIONS))
+        sizes = (1,) if pool_size == 1 else pool_size
+        if isinstance(sizes, int) or not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+            raise ValueError(
+                f"pool_size must be 1 or a size for each of 1 to 3 spatial dimensions, got {pool_size!r}"
+            )
+
+        self.in_channels = in_channels
+        self.lam_channels = lam_channels
+        self.phi_shape = phi_shape
+        self.squeeze_channels = squeeze_channels
+        # Pooling to one number a channel fits every rank; any other size fixes the number of dimensions.
+        self.pool_size = None if math.prod(sizes) == 1 else tuple(sizes)
+        self.gate_name = gate
+        self.lam_activation = lam_activation
+        self.dropout = dropout
+
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        coefficients = lam_channels + (0 if phi_shape is None else math.prod(phi_shape))
+        self.squeeze = nn.Linear(in_channels * math.prod(sizes), squeeze_channels, **options)
+        self.gate = nn.Linear(squeeze_channels, squeeze_channels, **options) if gate == "se" else None
+        self.expand = nn.Linear(squeeze_channels, coefficients, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """λ near 1 and Φ near 0, with a gradient for every parameter.
+
+        Behind a ReLU the rows of ``squeeze`` come in pairs ``w, −w``: of each pair exactly one is alive.
+        Pooled features vary little from image to image, so a unit that is dead on one is dead on most, and in
+        a narrow branch all of them could be: with independent rows a squeeze of 4 starts dead in one layer of
+        sixteen.
+        """
+        with torch.no_grad():
+            self.squeeze.reset_parameters()
+            if self.gate_name in ("relu", "relu6"):
+                pairs = self.squeeze_channels // 2
+                self.squeeze.weight[1 : 2 * pairs : 2] = -self.squeeze.weight[0 : 2 * pairs : 2]
+            if self.gate is not None:
+                self.gate.reset_parameters()
+            self.expand.reset_parameters()
+            self.expand.weight.mul_(INITIAL_SCALE)
+            for layer in (self.squeeze, self.gate, self.expand):
+                if layer is not None and layer.bias is not None:
+                    layer.bias.zero_()
+
+    def reset_to_static(self) -> None:
+        """λ = 1 and Φ = 0 exactly, for every input.
+
+        The gradient then reaches ``expand`` at once, and ``squeeze``, ``gate``, P and Q from the second step.
+
+        Raises:
+            ValueError: a ``lam_activation`` that cannot give 1 with a gradient.
+        """
+        if self.lam_channels and not LAM_ACTIVATIONS[self.lam_activation][1]:
+            usable = [name for name, (_, starts_at_one) in LAM_ACTIVATIONS.items() if starts_at_one]
+            raise ValueError(
+                f"lam_activation must be one of {usable} to begin as a given static layer: "
+                f"{self.lam_activation!r} cannot give 1 with a gradient"
+            )
+        with torch.no_grad():
+            self.expand.weight.zero_()
+            if self.expand.bias is not None:
+                self.expand.bias.zero_()
+
+    def forward(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if input.dim() < 2 or input.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input of the branch must have shape (N, {self.in_channels}, *spatial), "
+                f"got {tuple(input.shape)}"
+            )
+        if self.pool_size is not None and input.dim() != 2 + len(self.pool_size):
+            raise ValueError(
+                f"input of the branch must have {len(self.pool_size)} spatial dimensions for "
+                f"pool_size={self.pool_size}, got shape {tuple(input.shape)}"
+            )
+        with _without_autocast(input.device.type):
+            hidden = _linear(self.squeeze, _pool(input, self.pool_size))
+            if self.gate is not None:
+                hidden = hidden * _hardsigmoid2(_linear(self.gate, hidden))
+            else:
+                hidden = GATES[self.gate_name](hidden)
+            logits = _linear(self.expand, hidden)
+            if self.dropout:
+                logits = F.dropout(logits, self.dropout, self.training)
+            lam = phi = None
+            if self.lam_channels:
+                lam = LAM_ACTIVATIONS[self.lam_activation][0](logits[:, : self.lam_channels])
+            if self.phi_shape is not None:
+                phi = logits[:, self.lam_channels :].unflatten(1, self.phi_shape)
+        return lam, phi
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, lam_channels={self.lam_channels}, phi_shape={self.phi_shape}"
+        if self.pool_size is not None:
+            text += f", pool_size={self.pool_size}"
+        text += f", gate={self.gate_name!r}"
+        if self.lam_channels:
+            text += f", lam_activation={self.lam_activation!r}"
+        return text + (f", dropout={self.dropout}" if self.dropout else "")
