@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""MobileNetV2 (Sandler et al., 2018) with dynamic convolution decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dcd_kernels.nn.branch import one_of
+from dcd_kernels.nn.conv import DCDConv2d
+from dcd_kernels.nn.latent import LatentRule
+from dcd_kernels.nn.linear import DCDLinear
+
+# expansion, output channels, repeats, stride of the first: Table 2 of the MobileNetV2 paper.
+SETTINGS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+# name of a formulation (Table 1 of the DCD paper) -> what the layer has
+FORMULATIONS: dict[str, dict[str, bool] | None] = {
+    "static": None,
+    "lam": {"channel_attention": True, "channel_fusion": False},
+    "fusion": {"channel_attention": False, "channel_fusion": True},
+    "dcd": {"channel_attention": True, "channel_fusion": True},
+}
+
+MakeConv = Callable[..., nn.Module]
+
+
+def _rounded(channels: float) -> int:
+    """The multiple of 8 nearest to ``channels``, never more than 10 % below it."""
+    multiple = max(8, int(channels + 4) // 8 * 8)
+    return multiple + 8 if multiple < 0.9 * channels else multiple
+
+
+def _normalised(convolution: nn.Module, channels: int, factory: dict) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels, **factory), nn.ReLU6(inplace=True))
+
+
+class InvertedResidual(nn.Module):
+    """Pointwise expansion, depthwise 3×3, pointwise projection; a skip where the shape stays.
+
+    ``pointwise(in_channels, out_channels)`` and ``depthwise(channels, stride)`` make the convolutions. The
+    modules are nested as in torchvision's network, so that its trained W0 load by their keys.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expansion: int,
+        pointwise: MakeConv,
+        depthwise: MakeConv,
+        factory: dict,
+    ) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.skip = stride == 1 and in_channels == out_channels
+        expand = [] if expansion == 1 else [_normalised(pointwise(in_channels, hidden), hidden, factory)]
+        self.conv = nn.Sequential(
+            *expand,
+            _normalised(depthwise(hidden, stride), hidden, factory),
+            pointwise(hidden, out_channels),
+            nn.BatchNorm2d(out_channels, **factory),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.conv(input)
+        return input + output if self.skip else output
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 whose bottlenecks and classifier are dynamic; arguments as of :func:`mobilenet_v2`."""
+
+    def __init__(
+        self,
+        width_mult: float = 1.0,
+        num_classes: int = 1000,
+        *,
+        pointwise: str = "dcd",
+        depthwise: str = "static",
+        classifier: str = "dcd",
+        blocks: int = 1,
+        latent_channels: int | str | LatentRule = "released",
+        latent_kernel: int | None = None,
+        reduction: int | None = None,
+        pool_size: int | Sequence[int] | None = None,
+        gate: str | None = "se",
+        lam_activation: str | None = "hardsigmoid2",
+        classifier_latent_channels: int | str | LatentRule = 32,
+        classifier_squeeze_channels: int | None = 32,
+        dropout: float = 0.1,
+        branch_dropout: float = 0.0,
+        in_channels: int = 3,
+        stem_channels: int = 32,
+        stem_stride: int = 2,
+        settings: Sequence[tuple[int, int, int, int]] = SETTINGS,
+        last_channels: int = 1280,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not width_mult > 0:
+            raise ValueError(f"mobilenet_v2: width_mult must be positive, got {width_mult}")
+        if num_classes < 1:
+            raise ValueError(f"mobilenet_v2: num_classes must be at least 1, got {num_classes}")
+        for argument, value in (
+            ("pointwise", pointwise),
+            ("depthwise", depthwise),
+            ("classifier", classifier),
+        ):
+            one_of(f"mobilenet_v2: {argument}", value, list(FORMULATIONS))
+        if blocks != 1 and pointwise not in ("fusion", "dcd"):
+            raise ValueError(f"mobilenet_v2: blocks needs pointwise='fusion' or 'dcd', got {pointwise!r}")
+        if reduction is None:
+            reduction = 8 if width_mult <= 0.5 else 16
+        factory = {"device": device, "dtype": dtype}
+        branch = {
+            "reduction": reduction,
+            "gate": gate,
+            "lam_activation": lam_activation,
+            "branch_dropout": branch_dropout,
+        }
+
+        def static_pointwise(inputs: int, outputs: int) -> nn.Module:
+            return nn.Conv2d(inputs, outputs, 1, bias=False, **factory)
+
+        def static_depthwise(channels: int, stride: int) -> nn.Module:
+            return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False, **factory)
+
+        def dynamic_pointwise(inputs: int, outputs: int) -> nn.Module:
+            pool = (2 if inputs < outputs else 1) if pool_size is None else pool_size
+            return DCDConv2d(
+                inputs,
+                outputs,
+                1,
+                bias=False,
+                latent_channels=latent_channels,
+                blocks=blocks,
+                pool_size=pool,
+                **FORMULATIONS[pointwise],
+                **branch,
+                **factory,
+            )
+
+        def dynamic_depthwise(channels: int, stride: int) -> nn.Module:
+            return DCDConv2d(
+                channels,
+                channels,
+                3,
+                stride,
+                padding=1,
+                groups=channels,
+                bias=False,
+                latent_kernel=latent_kernel,
+                **FORMULATIONS[depthwise],
+                **branch,
+                **factory,
+            )
+
+        make_pointwise = static_pointwise if pointwise == "static" else dynamic_pointwise
+        make_depthwise = static_depthwise if depthwise == "static" else dynamic_depthwise
+
+        width = _rounded(stem_channels * width_mult)
+        stem = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False, **factory)
+        features: list[nn.Module] = [_normalised(stem, width, factory)]
+        for expansion, channels, repeats, first_stride in settings:
+            channels = _rounded(channels * width_mult)
+            for repeat in range(repeats):
+                first_block = len(features) == 1
+                features.append(
+                    InvertedResidual(
+                        width,
+                        channels,
+                        first_stride if repeat == 0 else 1,
+                        expansion,
+                        static_pointwise if first_block else make_pointwise,
+                        static_depthwise if first_block else make_depthwise,
+                        factory,
+                    )
+                )
+                width = channels
+        last = _rounded(last_channels * max(1.0, width_mult))
+        features.append(_normalised(static_pointwise(width, last), last, factory))
+        self.features = nn.Sequential(*features)
+
+        if classifier == "static":
+            linear = nn.Linear(last, num_classes, **factory)
+        else:
+            linear = DCDLinear(
+                last,
+                num_classes,
+                latent_channels=classifier_latent_channels,
+                squeeze_channels=classifier_squeeze_channels,
+                **FORMULATIONS[classifier],
+                **branch,
+                **factory,
+            )
+        self.classifier = nn.Sequential(nn.Dropout(dropout), linear)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.classifier(self.features(input).mean((2, 3)))
+
+
+def mobilenet_v2(width_mult: float = 1.0, num_classes: int = 1000, **options) -> MobileNetV2:
+    """MobileNetV2 with DCD on the bottlenecks' pointwise layers and the classifier; random weights.
+
+    Static, as in the released networks: the stem, the first block and the last convolution (320 → 1280). By
+    default the form whose parameter counts are the published ones: squeeze-and-excitation gate in the branch,
+    2×2 pooling before a layer that expands, latent channels by the rule ``'released'``.
+
+    Args:
+        width_mult: multiplies every number of channels (but not the last 1280 downwards).
+        num_classes: outputs of the classifier.
+        pointwise, depthwise, classifier: formulation of these layers (Table 1): ``'static'`` W0; ``'lam'``
+            ΛW0; ``'fusion'`` W0 + PΦQᵀ; ``'dcd'`` ΛW0 + PΦQᵀ. By default ``'dcd'``, ``'static'``, ``'dcd'``,
+            the paper's recommendation.
+        blocks: diagonal blocks ``B`` of the pointwise layers' residual (Eq. 7, Table 3a).
+        latent_channels: of the pointwise layers, a number, a rule's name or a function (Table 2).
+        latent_kernel: ``L_k`` of the depthwise layers.
+        reduction: ``r`` of the branches; by default 16, and 8 for ``width_mult`` ≤ 0.5.
+        pool_size: of the pointwise layers' branches; by default 2 where a layer expands and 1 elsewhere.
+        gate, lam_activation, branch_dropout: of every branch, see :class:`dcd_kernels.nn.DynamicBranch`.
+        classifier_latent_channels, classifier_squeeze_channels: 32 and 32, whatever the reduction.
+        dropout: before the classifier.
+        in_channels, stem_channels, stem_stride, settings, last_channels: shape of the network. For images of
+            8 to 32 pixels take ``stem_stride=1`` and fewer strides in ``settings``, whose rows are
+            (expansion, channels, repeats, stride).
+        device, dtype: of the parameters.
+
+    Shapes:
+        (N, in_channels, H, W) → (N, num_classes).
+
+    Raises:
+        ValueError: an unknown formulation, or options that a layer refuses.
+
+    Source: paper, Sections 5.1 to 5.3.
+    """
+    return MobileNetV2(width_mult, num_classes, **options)
