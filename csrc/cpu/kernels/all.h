@@ -1,0 +1,17 @@
+// Everything that an instruction set offers.
+#pragma once
+
+#include "../kernels.h"
+#include "apply.h"
+#include "depthwise.h"
+#include "pointwise.h"
+#include "pointwise_grad.h"
+
+namespace dcd::DCD_ISA {
+
+template <class S>
+constexpr Kernels<typename S::Scalar> all_kernels() {
+  return {&pointwise<S>, &pointwise_grad<S>, &apply<S>, &apply_grad<S>, &depthwise<S>, &depthwise_grad<S>};
+}
+
+}  // namespace dcd::DCD_ISA

@@ -1,0 +1,11 @@
+// The portable kernels: what any target of the compiler can run, and the only ones in double precision.
+#define DCD_ISA baseline
+#include "simd/baseline.h"
+
+#include "kernels.h"
+#include "kernels/all.h"
+
+namespace dcd::baseline {
+const Kernels<float> kernels_float = all_kernels<Simd<float>>();
+const Kernels<double> kernels_double = all_kernels<Simd<double>>();
+}  // namespace dcd::baseline
