@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Argument checks: one function per public operator, each raising an error that names the argument.
 
-A layer may take 50 µs, so the checks of a valid call are bare comparisons of shape tuples; every message is built
-in a function of its own, reached only on failure. Each message says which argument, what it got, what it needs.
+A layer may take 50 µs, so the checks of a valid call are bare comparisons of shapes; every message is built
+in a function of its own, reached only on failure. A message says which argument, what it got and what it
+needs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from . import geometry
 
-ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}  # the codes the compiled ops take
+ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}  # the compiled operators' codes
 _ACTIVATION_NAMES = tuple(ACTIVATIONS)
 _HALF = (torch.float16, torch.bfloat16)
 _COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, *_COMPLEX)
-_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast converts; float64 it leaves alone
+_DTYPES = (torch.float32, *_HALF, torch.float64, *_COMPLEX)
+_AUTOCAST = (torch.float32, *_HALF)  # what autocast converts; float64 it leaves alone
+_CALLERS = {1: "dcd_conv1d", 2: "dcd_conv2d", 3: "dcd_conv3d"}
 _ONES = {1: (1,), 2: (1, 1), 3: (1, 1, 1)}
 _ZEROS = {1: (0,), 2: (0, 0), 3: (0, 0, 0)}
 
@@ -27,8 +29,8 @@ _ZEROS = {1: (0,), 2: (0, 0), 3: (0, 0, 0)}
 class Plan(NamedTuple):
     """What a valid call needs besides its tensors: the form of the decomposition and the geometry.
 
-    ``form``: 'pointwise' (Eqs. 5 to 7 on a 1×1 kernel), 'depthwise' (Eq. 8), 'joint' (Eq. 9), or 'centre' (a static
-    k×k or grouped convolution with a 1×1 residual at its centre tap, Fig. 4b).
+    ``form``: 'pointwise' (Eqs. 5 to 7 on a 1×1 kernel), 'depthwise' (Eq. 8), 'joint' (Eq. 9), or 'centre' (a
+    static k×k or grouped convolution with a 1×1 residual at its centre tap, Fig. 4b).
     """
 
     form: str
@@ -36,29 +38,15 @@ class Plan(NamedTuple):
 
 
 def conv(
-    caller,
-    spatial,
-    input,
-    weight,
-    p,
-    phi,
-    q,
-    r,
-    lam,
-    bias,
-    residual,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation,
+    spatial, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
 ) -> Plan | None:
-    """Check a convolution call; ``None`` stands for the commonest plan, pointwise with unit stride and no padding.
+    """Check a convolution; ``None`` is the commonest plan, pointwise with unit stride and no padding.
 
     Raises:
         TypeError: an argument that is not a tensor, a dtype that is unsupported or does not match.
-        ValueError: rank, shape, device, groups, blocks, geometry, a missing or surplus factor, the activation.
+        ValueError: rank, shape, device, groups, blocks, geometry, a missing or surplus factor, activation.
     """
+    caller = _CALLERS[spatial]
     try:
         x = input.shape
         w = weight.shape
@@ -76,30 +64,17 @@ def conv(
         if groups != 1:
             _groups(caller, groups, ci, co)
         if w[1] * groups != ci:
-            _fail_shape(
-                caller,
-                "weight",
-                weight,
-                (co, ci // groups, *w[2:]),
-                "(out_channels, in_channels / groups, *kernel)",
-            )
+            wanted = (co, ci // groups, *w[2:])
+            _fail_shape(caller, "weight", weight, wanted, "(out_channels, in_channels / groups, *kernel)")
         pointwise = r is None and groups == 1 and weight.numel() == co * ci
         if p is not None and phi is not None and pointwise:
             _factors(caller, p, phi, q, n, co, ci, dtype, device)
         elif p is not None or phi is not None or q is not None or r is not None:
             _other_factors(caller, p, phi, q, r, n, co, ci, w[2:], groups, dtype, device)
         if lam is not None:
-            if lam.dtype is not dtype or lam.device != device:
-                _kind(caller, "lam", lam, dtype, device, True)
-            if lam.shape != (n, co):
-                _fail_shape(caller, "lam", lam, (n, co), "(batch, out_channels)")
+            _lam(caller, lam, n, co, dtype, device)
         if bias is not None:
-            if bias.dtype is not dtype or bias.device != device:
-                _kind(caller, "bias", bias, dtype, device, True)
-            if bias.shape != (co,) and bias.shape != (n, co):
-                _fail_shape(
-                    caller, "bias", bias, (co,), f"(out_channels,) or (batch, out_channels) = {(n, co)}"
-                )
+            _bias(caller, bias, n, co, dtype, device)
         if activation is not None:
             _activation(caller, activation, dtype)
         if (
@@ -111,23 +86,18 @@ def conv(
             if residual is not None:
                 _residual(caller, residual, (n, co, *x[2:]), dtype, device)
             return None
+        where = geometry.resolve(caller, x[2:], w[2:], stride, padding, dilation)
+        if residual is not None:
+            _residual(caller, residual, (n, co, *where.output), dtype, device)
     except AttributeError:
-        _tensors(
-            caller, input=input, weight=weight, p=p, phi=phi, q=q, r=r, lam=lam, bias=bias, residual=residual
-        )
+        _tensors(caller, input=input, weight=weight, p=p, phi=phi, q=q, r=r, lam=lam, bias=bias)
+        _tensors(caller, residual=residual)
         raise
-    where = geometry.resolve(caller, x[2:], w[2:], stride, padding, dilation)
     if pointwise:
-        form = "pointwise"
-    elif r is not None:
-        form = "depthwise" if q is None else "joint"
-    elif p is None and groups == ci:
-        form = "depthwise"
-    else:
-        form = "centre"
-    if residual is not None:
-        _residual(caller, residual, (n, co, *where.output), dtype, device)
-    return Plan(form, where)
+        return Plan("pointwise", where)
+    if r is not None:
+        return Plan("depthwise" if q is None else "joint", where)
+    return Plan("depthwise" if p is None and groups == ci else "centre", where)
 
 
 def linear(caller, input, weight, p, phi, q, lam, bias, residual, activation) -> None:
@@ -135,35 +105,40 @@ def linear(caller, input, weight, p, phi, q, lam, bias, residual, activation) ->
 
     Raises:
         TypeError: an argument that is not a tensor, a dtype that is unsupported or does not match.
-        ValueError: rank, shape, device, blocks, a missing factor, the activation.
+        ValueError: rank, shape, device, blocks, a missing factor, activation.
     """
-    _tensors(caller, input=input, weight=weight, p=p, phi=phi, q=q, lam=lam, bias=bias, residual=residual)
-    x = input.shape
-    w = weight.shape
-    if len(x) < 2:
-        raise ValueError(
-            f"{caller}: input must be batched, (batch, …, in_channels) with at least 2 dimensions, got {tuple(x)}; "
-            f"unsqueeze(0) makes a batch of one"
-        )
-    if len(w) != 2:
-        raise ValueError(
-            f"{caller}: weight must have 2 dimensions (out_channels, in_channels), got {tuple(w)}"
-        )
-    n, ci, co = x[0], x[-1], w[0]
-    dtype, device = input.dtype, input.device
-    _kind(caller, "input", input, dtype, device)
-    _kind(caller, "weight", weight, dtype, device)
-    if w[1] != ci:
-        _fail_shape(caller, "weight", weight, (co, ci), "(out_channels, in_channels)")
-    _extent(caller, input, weight, 0)
-    if p is not None and phi is not None:
-        _factors(caller, p, phi, q, n, co, ci, dtype, device)
-    elif p is not None or phi is not None or q is not None:
-        _other_factors(caller, p, phi, q, None, n, co, ci, (), 1, dtype, device)
-    _coefficients(caller, lam, bias, n, co, dtype, device)
-    _activation(caller, activation, dtype)
-    if residual is not None:
-        _residual(caller, residual, (*x[:-1], co), dtype, device)
+    try:
+        x = input.shape
+        w = weight.shape
+        if len(x) < 2:
+            raise ValueError(
+                f"{caller}: input must be batched, (batch, …, in_channels) with at least 2 dimensions, got "
+                f"{tuple(x)}; unsqueeze(0) makes a batch of one"
+            )
+        if len(w) != 2:
+            raise ValueError(f"{caller}: weight must be (out_channels, in_channels), got {tuple(w)}")
+        n, ci, co = x[0], x[-1], w[0]
+        dtype, device = input.dtype, input.device
+        if dtype not in _DTYPES or weight.dtype is not dtype or weight.device != device:
+            _kind(caller, "input", input, dtype, device)
+            _kind(caller, "weight", weight, dtype, device)
+        if w[1] != ci:
+            _fail_shape(caller, "weight", weight, (co, ci), "(out_channels, in_channels)")
+        if input.numel() == 0 or weight.numel() == 0:
+            _extent(caller, input, weight, len(x) - 1)
+        if p is not None or phi is not None or q is not None:
+            _factors(caller, p, phi, q, n, co, ci, dtype, device)
+        if lam is not None:
+            _lam(caller, lam, n, co, dtype, device)
+        if bias is not None:
+            _bias(caller, bias, n, co, dtype, device)
+        if activation is not None:
+            _activation(caller, activation, dtype)
+        if residual is not None:
+            _residual(caller, residual, (*x[:-1], co), dtype, device)
+    except AttributeError:
+        _tensors(caller, input=input, weight=weight, p=p, phi=phi, q=q, lam=lam, bias=bias, residual=residual)
+        raise
 
 
 def apply(caller, static, input, p, phi, q, lam, bias, residual, stride, offset, activation):
@@ -171,45 +146,46 @@ def apply(caller, static, input, p, phi, q, lam, bias, residual, stride, offset,
 
     Raises:
         TypeError: an argument that is not a tensor, a dtype that is unsupported or does not match.
-        ValueError: rank, shape, device, blocks, a missing factor, stride or offset, the activation.
+        ValueError: rank, shape, device, blocks, a missing factor, stride or offset, activation.
     """
-    _tensors(caller, static=static, input=input, p=p, phi=phi, q=q, lam=lam, bias=bias, residual=residual)
-    y, x = static.shape, input.shape
-    if len(y) < 3:
-        raise ValueError(
-            f"{caller}: static must be (batch, out_channels, *spatial) with at least 3 dimensions, got {tuple(y)}"
-        )
-    if len(x) != len(y) or x[0] != y[0]:
-        raise ValueError(
-            f"{caller}: input must have the batch size and the number of dimensions of static {tuple(y)}, "
-            f"got {tuple(x)}"
-        )
-    n, co, ci = y[0], y[1], x[1]
-    dtype, device = static.dtype, static.device
-    _kind(caller, "static", static, dtype, device)
-    _kind(caller, "input", input, dtype, device)
-    if 0 in y[1:] or 0 in x[1:]:
-        raise ValueError(
-            f"{caller}: only the batch may be empty, got static {tuple(y)} and input {tuple(x)} with a size of zero"
-        )
-    if p is not None and phi is not None and q is None:
-        _kind(caller, "p", p, dtype, device)
-        _kind(caller, "phi", phi, dtype, device, True)
-        latent = phi.shape[1] if phi.dim() == 3 else "L"
-        if phi.shape != (n, latent, ci) or latent == 0:
-            _fail_shape(
-                caller, "phi", phi, (n, latent, ci), "(batch, L, in_channels), as q is None: input is latent"
+    try:
+        y, x = static.shape, input.shape
+        if len(y) < 3:
+            raise ValueError(
+                f"{caller}: static must be (batch, out_channels, *spatial) with at least 3 dimensions, got "
+                f"{tuple(y)}"
             )
-        if p.shape != (co, latent):
-            _fail_shape(caller, "p", p, (co, latent), "(out_channels, L), L of phi")
-    elif p is not None and phi is not None:
-        _factors(caller, p, phi, q, n, co, ci, dtype, device)
-    elif p is not None or phi is not None or q is not None:
-        _other_factors(caller, p, phi, q, None, n, co, ci, (), 1, dtype, device)
-    _coefficients(caller, lam, bias, n, co, dtype, device)
-    _activation(caller, activation, dtype)
-    if residual is not None:
-        _residual(caller, residual, tuple(y), dtype, device)
+        if len(x) != len(y) or x[0] != y[0]:
+            raise ValueError(
+                f"{caller}: input must have the batch size and number of dimensions of static {tuple(y)}, "
+                f"got {tuple(x)}"
+            )
+        n, co, ci = y[0], y[1], x[1]
+        dtype, device = static.dtype, static.device
+        if dtype not in _DTYPES or input.dtype is not dtype or input.device != device:
+            _kind(caller, "static", static, dtype, device)
+            _kind(caller, "input", input, dtype, device)
+        if static.numel() == 0 or input.numel() == 0:
+            for argument, shape in (("static", y), ("input", x)):
+                if 0 in shape[1:]:
+                    raise ValueError(
+                        f"{caller}: only the batch of {argument} may be empty, got {tuple(shape)}"
+                    )
+        if p is not None and phi is not None and q is None:
+            _latent_factors(caller, p, phi, n, co, ci, dtype, device)
+        elif p is not None or phi is not None or q is not None:
+            _factors(caller, p, phi, q, n, co, ci, dtype, device)
+        if lam is not None:
+            _lam(caller, lam, n, co, dtype, device)
+        if bias is not None:
+            _bias(caller, bias, n, co, dtype, device)
+        if activation is not None:
+            _activation(caller, activation, dtype)
+        if residual is not None:
+            _residual(caller, residual, y, dtype, device)
+    except AttributeError:
+        _tensors(caller, static=static, input=input, p=p, phi=phi, q=q, lam=lam, bias=bias, residual=residual)
+        raise
     spatial = len(y) - 2
     return (
         geometry.per_dimension(caller, "stride", stride, spatial, 1),
@@ -227,24 +203,21 @@ def weight(caller, weight, p, phi, q, r, lam, groups) -> str:
     _tensors(caller, weight=weight, p=p, phi=phi, q=q, r=r, lam=lam)
     if weight.dim() < 2:
         raise ValueError(f"{caller}: weight must have at least 2 dimensions, got shape {tuple(weight.shape)}")
-    if phi is None and lam is None:
-        raise ValueError(
-            f"{caller}: phi or lam is needed (both are None): one of them carries the batch size"
-        )
-    batched = phi if phi is not None else lam
+    batched, argument = (phi, "phi") if phi is not None else (lam, "lam")
+    if batched is None:
+        raise ValueError(f"{caller}: phi or lam must be given, as they carry the batch size; both are None")
     if batched.dim() == 0:
-        raise ValueError(
-            f"{caller}: {'lam' if phi is None else 'phi'} must start with the batch, got a scalar"
-        )
+        raise ValueError(f"{caller}: {argument} must start with the batch dimension, got a scalar")
     n = batched.shape[0]
-    co, ci = weight.shape[0], weight.shape[1] * groups
     dtype, device = weight.dtype, weight.device
     _kind(caller, "weight", weight, dtype, device)
     _extent(caller, weight, weight, 1)
+    co, ci = weight.shape[0], weight.shape[1] * groups
     _groups(caller, groups, ci, co)
     if p is not None or phi is not None or q is not None or r is not None:
         _other_factors(caller, p, phi, q, r, n, co, ci, weight.shape[2:], groups, dtype, device)
-    _coefficients(caller, lam, None, n, co, dtype, device)
+    if lam is not None:
+        _lam(caller, lam, n, co, dtype, device)
     if phi is None:
         return "static"
     if r is None:
@@ -254,7 +227,7 @@ def weight(caller, weight, p, phi, q, r, lam, groups) -> str:
 
 def _factors(caller, p, phi, q, n, co, ci, dtype, device) -> None:
     """p, phi and q of a residual that fuses channels: dense (Eqs. 5, 6) or block-diagonal (Eq. 7)."""
-    if q is None:
+    if p is None or phi is None or q is None:
         _fail_factors(caller, p, phi, q, None)
     if p.dtype is not dtype or p.device != device:
         _kind(caller, "p", p, dtype, device)
@@ -270,7 +243,7 @@ def _factors(caller, p, phi, q, n, co, ci, dtype, device) -> None:
             _fail_shape(caller, "phi", phi, (n, blocks, latent, latent), "(batch, B, L, L), Eq. 7")
         if blocks < 1 or co % blocks or ci % blocks:
             raise ValueError(
-                f"{caller}: phi {tuple(f)} has B = {blocks} blocks, which must divide in_channels {ci} and "
+                f"{caller}: phi {tuple(f)} has B = {blocks} blocks; B must divide in_channels {ci} and "
                 f"out_channels {co}"
             )
     elif f != (n, latent, latent) or latent == 0:
@@ -285,25 +258,30 @@ def _other_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, devic
     """The factors of every form that is not plainly pointwise."""
     if p is None or phi is None or (q is None and r is None):
         _fail_factors(caller, p, phi, q, r, groups, ci)
-    if r is None:
-        if groups != 1 and groups == ci:
-            raise ValueError(
-                f"{caller}: q does not go with a depthwise convolution (groups = in_channels = {groups}), whose "
-                f"residual takes r (Eq. 8), got q of shape {tuple(q.shape)}; dcd_apply adds one that fuses channels"
-            )
-        _factors(caller, p, phi, q, n, co, ci, dtype, device)
-        if groups != 1 and (phi.dim() != 4 or phi.shape[1] % groups):
-            raise ValueError(
-                f"{caller}: with groups = {groups} the residual is block-diagonal: phi must be (batch, B, L, L) with B "
-                f"a multiple of groups, got {tuple(phi.shape)}; for a dense residual beside a grouped convolution use "
-                f"dcd_apply on its output"
-            )
-        if any(k % 2 == 0 for k in kernel):
-            raise ValueError(
-                f"{caller}: weight has the kernel {tuple(kernel)}, but a residual without r sits at the centre tap, "
-                f"which needs odd kernel sizes; dcd_apply takes a static output and any offset"
-            )
+    if r is not None:
+        _kernel_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, device)
         return
+    if groups != 1 and groups == ci:
+        raise ValueError(
+            f"{caller}: q must be None with a depthwise convolution (groups = in_channels = {groups}), whose "
+            f"residual takes r (Eq. 8); got q {tuple(q.shape)}. dcd_apply adds one that fuses channels"
+        )
+    _factors(caller, p, phi, q, n, co, ci, dtype, device)
+    if groups != 1 and (phi.dim() != 4 or phi.shape[1] % groups):
+        raise ValueError(
+            f"{caller}: phi must be (batch, B, L, L), block-diagonal, B a multiple of groups = {groups}, "
+            f"got {tuple(phi.shape)}; for a dense residual beside a grouped convolution "
+            f"call dcd_apply on its output"
+        )
+    if any(k % 2 == 0 for k in kernel):
+        raise ValueError(
+            f"{caller}: weight must have odd kernel sizes for a residual at the centre tap (q, no r), got "
+            f"the kernel {tuple(kernel)}; dcd_apply takes a static output and any offset"
+        )
+
+
+def _kernel_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, device) -> None:
+    """The factors of a residual that fuses kernel elements: depthwise (Eq. 8) or joint (Eq. 9)."""
     _kind(caller, "p", p, dtype, device)
     _kind(caller, "r", r, dtype, device)
     _kind(caller, "phi", phi, dtype, device, True)
@@ -311,19 +289,17 @@ def _other_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, devic
     for k in kernel:
         taps *= k
     if r.dim() != 2 or r.shape[0] != taps or r.shape[1] == 0:
-        latent_kernel = r.shape[-1] if r.dim() == 2 else "L_k"
-        _fail_shape(
-            caller, "r", r, (taps, latent_kernel), f"(kernel elements, L_k) of the kernel {tuple(kernel)}"
-        )
+        _fail_shape(caller, "r", r, (taps, "L_k"), f"(kernel elements, L_k) of the kernel {tuple(kernel)}")
     latent_kernel = r.shape[1]
     if q is None:
         if groups != ci:
             raise ValueError(
-                f"{caller}: r without q is the depthwise form (Eq. 8) and needs groups = in_channels = {ci}, "
-                f"got groups = {groups}; with groups = 1 pass q as well (Eq. 9)"
+                f"{caller}: groups must be in_channels = {ci} with r and without q (depthwise, Eq. 8), got "
+                f"{groups}; with groups = 1 give q too (joint fusion, Eq. 9)"
             )
         if phi.shape != (n, latent_kernel, latent_kernel):
-            _fail_shape(caller, "phi", phi, (n, latent_kernel, latent_kernel), "(batch, L_k, L_k), L_k of r")
+            wanted = (n, latent_kernel, latent_kernel)
+            _fail_shape(caller, "phi", phi, wanted, "(batch, L_k, L_k), L_k of r")
         if p.shape != (co, latent_kernel):
             _fail_p(caller, p, (co, latent_kernel))
         return
@@ -332,8 +308,8 @@ def _other_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, devic
         raise ValueError(f"{caller}: groups must be 1 with q and r (joint fusion, Eq. 9), got {groups}")
     latent = phi.shape[-1] if phi.shape else 0
     if phi.shape != (n, latent_kernel, latent, latent) or latent == 0:
-        blocks = " (blocks do not go with joint fusion)" if phi.dim() == 5 else ""
-        wanted = (n, latent_kernel, latent, latent)
+        blocks = "; blocks do not go with joint fusion" if phi.dim() == 5 else ""
+        wanted = (n, latent_kernel, latent or "L", latent or "L")
         _fail_shape(caller, "phi", phi, wanted, f"(batch, L_k, L, L), Eq. 9, L_k of r{blocks}")
     if p.shape != (co, latent):
         _fail_p(caller, p, (co, latent))
@@ -341,15 +317,31 @@ def _other_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, devic
         _fail_shape(caller, "q", q, (ci, latent), "(in_channels, L), L of phi")
 
 
-def _coefficients(caller, lam, bias, n, co, dtype, device) -> None:
-    if lam is not None:
+def _latent_factors(caller, p, phi, n, co, ci, dtype, device) -> None:
+    """p and a rectangular phi, for an input that is the latent itself."""
+    _kind(caller, "p", p, dtype, device)
+    _kind(caller, "phi", phi, dtype, device, True)
+    latent = phi.shape[1] if phi.dim() == 3 and phi.shape[1] > 0 else "L"
+    if phi.shape != (n, latent, ci):
+        _fail_shape(
+            caller, "phi", phi, (n, latent, ci), "(batch, L, in_channels): q is None, input is the latent"
+        )
+    if p.shape != (co, latent):
+        _fail_p(caller, p, (co, latent))
+
+
+def _lam(caller, lam, n, co, dtype, device) -> None:
+    if lam.dtype is not dtype or lam.device != device:
         _kind(caller, "lam", lam, dtype, device, True)
-        if lam.shape != (n, co):
-            _fail_shape(caller, "lam", lam, (n, co), "(batch, out_channels)")
-    if bias is not None:
+    if lam.shape != (n, co):
+        _fail_shape(caller, "lam", lam, (n, co), "(batch, out_channels)")
+
+
+def _bias(caller, bias, n, co, dtype, device) -> None:
+    if bias.dtype is not dtype or bias.device != device:
         _kind(caller, "bias", bias, dtype, device, True)
-        if bias.shape != (co,) and bias.shape != (n, co):
-            _fail_shape(caller, "bias", bias, (co,), f"(out_channels,) or (batch, out_channels) = {(n, co)}")
+    if bias.shape != (co,) and bias.shape != (n, co):
+        _fail_shape(caller, "bias", bias, (co,), f"(out_channels,), or (batch, out_channels) = {(n, co)}")
 
 
 def _residual(caller, residual, output, dtype, device) -> None:
@@ -362,7 +354,7 @@ def _residual(caller, residual, output, dtype, device) -> None:
 def _activation(caller, activation, dtype) -> None:
     if activation not in _ACTIVATION_NAMES:
         raise ValueError(f"{caller}: activation must be one of {_ACTIVATION_NAMES}, got {activation!r}")
-    if activation is not None and dtype in _COMPLEX:
+    if dtype in _COMPLEX:
         raise TypeError(f"{caller}: activation must be None for complex input ({dtype}), got {activation!r}")
 
 
@@ -371,34 +363,38 @@ def _groups(caller, groups, ci, co) -> None:
         raise TypeError(f"{caller}: groups must be an integer, got {groups!r}")
     if groups < 1 or ci % groups or co % groups:
         raise ValueError(
-            f"{caller}: groups must be positive and divide in_channels {ci} and out_channels {co}, got {groups}"
+            f"{caller}: groups must be positive and divide in_channels {ci} and out_channels {co}, got "
+            f"{groups}"
         )
 
 
 def _kind(caller, argument, tensor, dtype, device, wide=False) -> None:
-    """The full rule for dtype and device of one argument, beside the first tensor's ``dtype`` and ``device``."""
-    if tensor.device != device:
-        raise ValueError(
-            f"{caller}: {argument} must be on {device} like the first tensor, got {tensor.device}"
-        )
+    """The full rule for one argument's device and dtype; ``wide``: may be float32 beside half precision."""
+    if tensor.dtype is dtype and tensor.device == device and dtype in _DTYPES:
+        return
+    _tensors(caller, **{argument: tensor})
     if dtype not in _DTYPES:
         raise TypeError(f"{caller}: {argument} must be floating point or complex, got {dtype}")
-    if tensor.dtype is dtype or (wide and dtype in _HALF and tensor.dtype is torch.float32):
+    if tensor.device != device:
+        raise ValueError(
+            f"{caller}: {argument} must be on {device} like the first argument, got {tensor.device}"
+        )
+    if wide and dtype in _HALF and tensor.dtype is torch.float32:
         return
-    # Under autocast the op itself converts, so that a float32 parameter beside a half input is no mistake.
+    # Under autocast the operator itself converts, so that a float32 parameter beside a half input is right.
     if tensor.dtype in _AUTOCAST and dtype in _AUTOCAST and torch.is_autocast_enabled(device.type):
         return
-    also = " or torch.float32" if wide and dtype in _HALF else ""
+    wanted = f"{dtype} or torch.float32" if wide and dtype in _HALF else str(dtype)
     raise TypeError(
-        f"{caller}: {argument} must have dtype {dtype}{also} like the first tensor, got {tensor.dtype}"
+        f"{caller}: {argument} must be {wanted} beside a first argument of {dtype}, got {tensor.dtype}"
     )
 
 
-def _extent(caller, input, weight, leading) -> None:
-    """Sizes of zero: allowed for the batch (and for linear's inner dimensions), nowhere else."""
+def _extent(caller, input, weight, channel) -> None:
+    """Sizes of zero: right for the batch and for linear's rows, for nothing from ``channel`` on."""
     if 0 in weight.shape:
         raise ValueError(f"{caller}: weight must have no size of zero, got shape {tuple(weight.shape)}")
-    if 0 in input.shape[1:] if leading else input.shape[-1] == 0:
+    if 0 in input.shape[channel:]:
         raise ValueError(f"{caller}: only the batch of input may be empty, got shape {tuple(input.shape)}")
 
 
@@ -406,61 +402,52 @@ def _tensors(caller, **arguments) -> None:
     for name, value in arguments.items():
         required = name in ("input", "weight", "static")
         if not isinstance(value, Tensor) and (required or value is not None):
-            raise TypeError(
-                f"{caller}: {name} must be a torch.Tensor{'' if required else ' or None'}, got {type(value).__name__}"
-            )
+            wanted = "a torch.Tensor" if required else "a torch.Tensor or None"
+            raise TypeError(f"{caller}: {name} must be {wanted}, got {type(value).__name__}")
 
 
 def _fail_rank(caller, spatial, input, weight) -> NoReturn:
-    rank = spatial + 2
     _tensors(caller, input=input, weight=weight)
-    dims = "batch, in_channels, *spatial"
-    if input.dim() == rank - 1:
-        raise ValueError(
-            f"{caller}: input must be batched, ({dims}) with {rank} dimensions, got {tuple(input.shape)}; "
-            f"unsqueeze(0) makes a batch of one"
-        )
+    rank = spatial + 2
     if input.dim() != rank:
+        hint = "; unsqueeze(0) makes a batch of one" if input.dim() == rank - 1 else ""
         raise ValueError(
-            f"{caller}: input must have {rank} dimensions ({dims}), got shape {tuple(input.shape)}"
+            f"{caller}: input must be batched, (batch, in_channels, *spatial) with {rank} dimensions, got "
+            f"{tuple(input.shape)}{hint}"
         )
     raise ValueError(
-        f"{caller}: weight must have {rank} dimensions (out_channels, in_channels / groups, *kernel), got shape "
+        f"{caller}: weight must be (out_channels, in_channels / groups, *kernel) with {rank} dimensions, got "
         f"{tuple(weight.shape)}"
     )
 
 
 def _fail_shape(caller, argument, tensor, wanted, meaning) -> NoReturn:
-    wanted = "(" + ", ".join(str(size) for size in wanted) + ("," if len(wanted) == 1 else "") + ")"
-    raise ValueError(f"{caller}: {argument} must have shape {wanted}, {meaning}; got {tuple(tensor.shape)}")
+    _tensors(caller, **{argument: tensor})
+    shape = ", ".join(str(size) for size in wanted)
+    raise ValueError(f"{caller}: {argument} must have shape ({shape}), {meaning}; got {tuple(tensor.shape)}")
 
 
 def _fail_p(caller, p, wanted) -> NoReturn:
-    if p.dim() == 1:
-        raise ValueError(f"{caller}: p must have shape {wanted}, got {tuple(p.shape)}: bias is keyword-only")
-    _fail_shape(caller, "p", p, wanted, "(out_channels, L), L of phi")
+    hint = ": bias is keyword-only" if p.dim() == 1 else ""
+    _fail_shape(caller, "p", p, wanted, f"(out_channels, L), L of phi{hint}")
 
 
 def _fail_phi(caller, p, phi, n) -> NoReturn:
     if p.dim() != 2:
         _fail_p(caller, p, ("out_channels", "L"))
-    latent = p.shape[1]
+    wanted = (n, p.shape[1], p.shape[1])
     _fail_shape(
-        caller, "phi", phi, (n, latent, latent), f"(batch, L, L) or (batch, B, L, L), L of p {tuple(p.shape)}"
+        caller, "phi", phi, wanted, f"(batch, L, L), L of p {tuple(p.shape)}, or 4-D (batch, B, L, L)"
     )
 
 
 def _fail_factors(caller, p, phi, q, r, groups=1, ci=0) -> NoReturn:
     _tensors(caller, p=p, phi=phi, q=q, r=r)
     if p is not None and p.dim() == 1:
-        raise ValueError(
-            f"{caller}: p must have 2 dimensions, got shape {tuple(p.shape)}: bias is keyword-only"
-        )
-    missing = "p" if p is None else "phi" if phi is None else "q"
+        raise ValueError(f"{caller}: p must have 2 dimensions, got {tuple(p.shape)}: bias is keyword-only")
+    missing = "p" if p is None else "phi" if phi is None else "r" if groups != 1 and groups == ci else "q"
     given = [name for name, value in (("p", p), ("phi", phi), ("q", q), ("r", r)) if value is not None]
-    if missing == "q" and groups != 1 and groups == ci:
-        missing = "r"
     raise ValueError(
-        f"{caller}: {missing} is missing: got {' and '.join(given)}, but the dynamic residual needs p and phi with q "
-        f"(channel fusion), r (depthwise) or both (joint fusion)"
+        f"{caller}: {missing} is missing, got {' and '.join(given)}; a dynamic residual needs p and phi with "
+        f"q (channel fusion), with r (depthwise) or with both (joint fusion)"
     )

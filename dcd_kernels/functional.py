@@ -6,7 +6,7 @@ Every form is one of three compiled operators, beside convolutions that torch do
 * a 1×1 kernel is `pointwise`, on a strided or padded view of the input;
 * depthwise is `depthwise`;
 * a static k×k or grouped convolution is torch's own, then `apply` adds everything dynamic in one pass;
-* joint fusion (Eq. 9) is z = Qᵀx by `pointwise`, torch's convolution of z with the fixed stencils R, then `apply`.
+* joint fusion (Eq. 9) is z = Qᵀx by `pointwise`, torch's convolution of z with R, then `apply`.
 """
 
 from __future__ import annotations
@@ -40,24 +40,10 @@ def dcd_conv1d(
     activation: str | None = None,
 ) -> Tensor:
     """Dynamic convolution decomposition over (N, Ci, length): :func:`dcd_conv2d` in one dimension."""
-    return _conv(
-        "dcd_conv1d",
-        1,
-        input,
-        weight,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
+    plan = checks.conv(
+        1, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
+    return _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_conv2d(
@@ -79,9 +65,9 @@ def dcd_conv2d(
 ) -> Tensor:
     r"""Convolution whose weights depend on the sample, ``y_n = act(W_n * x_n + bias + residual)``.
 
-    ``W_n = Λ_n W0 + P Φ_n Qᵀ`` with W0 = weight, Λ_n = diag(lam[n]), Φ_n = phi[n] ("Revisiting Dynamic Convolution
-    via Matrix Decomposition", ICLR 2021, §3 and §4). No per-sample weight is ever allocated. Which arguments are
-    given decides the form:
+    ``W_n = Λ_n W0 + P Φ_n Qᵀ`` with W0 = weight, Λ_n = diag(lam[n]), Φ_n = phi[n] ("Revisiting Dynamic
+    Convolution via Matrix Decomposition", ICLR 2021, §3 and §4). No per-sample weight is ever allocated.
+    Which arguments are given decides the form:
 
     =====================  ==================  ========  ========  =========  ===============
     form                   weight              p         q         r          phi
@@ -102,42 +88,28 @@ def dcd_conv2d(
         lam: (N, Co), the channel attention; it does not scale the bias.
         bias: (Co,), or (N, Co) for one bias per sample.
         residual: like the output; a network's skip connection, added before the activation.
-        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`, padding also 'same' or 'valid'.
-            With groups > 1 a residual with q is block-diagonal, B a multiple of groups; for a dense residual beside a
-            grouped convolution call :func:`dcd_apply` on that convolution's output.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding may be 'same'
+            or 'valid'. With groups > 1 a residual with q is block-diagonal, B a multiple of groups; for a
+            dense one beside a grouped convolution call :func:`dcd_apply` on that convolution's output.
         activation: None, 'relu', 'relu6', 'silu' or 'hardswish'.
 
-    Dtypes are float32, float64, float16, bfloat16 (complex on the reference), the same for all; lam, phi and bias
-    may be float32 beside a half-precision input, and half precision accumulates in float32.
+    Dtypes are float32, float64, float16, bfloat16 (complex on the reference), the same for all; lam, phi and
+    bias may be float32 beside a half-precision input, and half precision accumulates in float32.
 
     Returns:
-        (N, Co, H_out, W_out) in the dtype of input, channels_last for a channels_last input. An empty batch gives
-        an empty output.
+        (N, Co, H_out, W_out) in the dtype of input, channels_last for a channels_last input. An empty batch
+        gives an empty output.
 
     Raises:
         TypeError: not a tensor, a dtype that is unsupported or does not match.
-        ValueError: rank (unbatched input too), shape, device, groups, blocks, geometry, a missing or surplus factor,
-            even kernel sizes with a centre tap, an unknown activation.
+        ValueError: rank (unbatched input too), shape, device, groups, blocks, geometry, a missing or surplus
+            factor, even kernel sizes with a centre tap, an unknown activation.
         RuntimeError: a backend chosen by :class:`use_backend` cannot run the call.
     """
-    return _conv(
-        "dcd_conv2d",
-        2,
-        input,
-        weight,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
+    plan = checks.conv(
+        2, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
+    return _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_conv3d(
@@ -158,24 +130,10 @@ def dcd_conv3d(
     activation: str | None = None,
 ) -> Tensor:
     """Dynamic convolution decomposition over (N, Ci, D, H, W): :func:`dcd_conv2d` in three dimensions."""
-    return _conv(
-        "dcd_conv3d",
-        3,
-        input,
-        weight,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
+    plan = checks.conv(
+        3, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
+    return _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_linear(
@@ -215,7 +173,7 @@ def dcd_linear(
         pixels = input.unsqueeze(2)
         skip = None if residual is None else residual.unsqueeze(2)
         return ops.pointwise(pixels, weight, p, phi, q, lam, bias, skip, _CODES[activation]).squeeze(2)
-    # Rows as the pixels of a channels-last image: a view, and the result is contiguous once seen as rows again.
+    # Rows are the pixels of a channels-last image: a view, as is the way back.
     pixels = input.flatten(1, -2).transpose(1, 2)
     skip = None if residual is None else residual.flatten(1, -2).transpose(1, 2)
     output = ops.pointwise(pixels, weight, p, phi, q, lam, bias, skip, _CODES[activation])
@@ -238,8 +196,8 @@ def dcd_apply(
 ) -> Tensor:
     r"""Everything dynamic on a static output of your own: ``y = act(λ⊙static + P Φ Qᵀ x + bias + residual)``.
 
-    Output pixel o reads ``x = input[o * stride + offset]``, zero outside the input; the residual is dense (Eq. 6), or
-    block-diagonal for a 4-D phi (Eq. 7), whatever groups or kernel made ``static`` (Fig. 4b).
+    Output pixel o reads ``x = input[o * stride + offset]``, zero outside the input; the residual is dense
+    (Eq. 6), or block-diagonal for a 4-D phi (Eq. 7), whatever groups or kernel made ``static`` (Fig. 4b).
 
     Args:
         static: (N, Co, \*size), for instance a convolution's output without its bias.
@@ -267,55 +225,11 @@ def dcd_apply(
     return ops.apply(static, sampled, p, phi, q, lam, bias, residual, _CODES[activation])
 
 
-def _conv(
-    caller,
-    spatial,
-    input,
-    weight,
-    p,
-    phi,
-    q,
-    r,
-    lam,
-    bias,
-    residual,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation,
-) -> Tensor:
-    plan = checks.conv(
-        caller,
-        spatial,
-        input,
-        weight,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
-    )
+def _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation) -> Tensor:
     if plan is None:
         if selection.select("pointwise", input, weight, p, phi, q, lam) != "reference":
-            return ops.pointwise(
-                input,
-                weight.flatten(1),
-                p,
-                phi,
-                q,
-                lam,
-                bias,
-                residual,
-                0 if activation is None else _CODES[activation],
-            )
+            code = _CODES[activation]
+            return ops.pointwise(input, weight.flatten(1), p, phi, q, lam, bias, residual, code)
     elif _select(plan.form, input, weight, p, phi, q, r, lam) != "reference":
         return _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, _CODES[activation])
     return reference.conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)

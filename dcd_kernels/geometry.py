@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Where a convolution reads its input: stride, padding and dilation per dimension, output size, sampling.
 
-One page for everything that is the same in one, two and three dimensions and that does not depend on the form of
-the decomposition. The centre tap of an odd kernel reads ``x[o * stride + dilation * (k // 2) - padding]``, zero
-outside the input (DESIGN §1); :func:`sample` is that rule for any offset.
+One page for everything that is the same in one, two and three dimensions and that does not depend on the
+form of the decomposition. The centre tap of an odd kernel reads ``x[o * stride + dilation * (k // 2) -
+padding]``, zero outside the input (DESIGN §1); :func:`sample` is that rule for any offset.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 class Geometry(NamedTuple):
     """A checked convolution geometry; every tuple has one entry per spatial dimension.
 
-    ``low`` and ``high`` are the zeros before and behind each dimension: the padding, but for 'same', where they differ
-    by one when ``dilation * (k - 1)`` is odd.
+    ``low`` and ``high`` are the zeros before and behind each dimension: the padding, but for 'same', where
+    they differ by one when ``dilation * (k - 1)`` is odd.
     """
 
     kernel: tuple[int, ...]
@@ -68,7 +68,8 @@ def resolve(caller: str, size, kernel, stride, padding, dilation) -> Geometry:
 
     Raises:
         TypeError: stride, padding or dilation is not made of integers (padding may be 'same' or 'valid').
-        ValueError: wrong count or sign, an unknown padding mode, 'same' with a stride, a kernel larger than the
+        ValueError: wrong count or sign, an unknown padding mode, 'same' with a stride, a kernel larger than
+        the
             padded input (torch's own convolutions refuse the same sizes).
     """
     spatial = len(kernel)
@@ -102,10 +103,10 @@ def resolve(caller: str, size, kernel, stride, padding, dilation) -> Geometry:
 
 
 def sample(input: Tensor, stride: tuple[int, ...], offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """``out[..., o] = input[..., o * stride + offset]`` for o < size in every spatial dimension, zero outside.
+    """``out[..., o] = input[..., o * stride + offset]`` for o < size in every dimension, zero outside.
 
-    A view wherever nothing has to be read from outside, so that a strided pointwise layer copies nothing; otherwise
-    the inside is padded once. Differentiable any number of times.
+    A view wherever nothing has to be read from outside, so that a strided pointwise layer copies nothing;
+    otherwise the inside is padded once. Differentiable any number of times.
     """
     inside: list[slice] = [slice(None), slice(None)]
     margins: list[int] = []
@@ -133,7 +134,7 @@ def sample(input: Tensor, stride: tuple[int, ...], offset: tuple[int, ...], size
 
 
 def pad_uneven(input: Tensor, where: Geometry) -> Tensor:
-    """``input`` with the zeros that 'same' puts only behind it, so that ``where.low`` pads the rest evenly."""
+    """``input`` with the zeros that 'same' puts only behind it; ``where.low`` then pads the rest evenly."""
     extra: list[int] = []
     for before, behind in zip(where.low, where.high, strict=True):
         extra[:0] = (0, behind - before)

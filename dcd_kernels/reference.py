@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every form of dynamic convolution decomposition in plain PyTorch: the definition of right.
 
-The same signatures as the fused operators, any floating-point or complex dtype, any device, differentiable any
-number of times. All of it runs factored, ``y = λ⊙(W0 * x) + P Φ Qᵀ x``: no per-sample weight (N×Co×Ci) is formed,
-except by :func:`dcd_weight`, whose purpose that is. Equations are those of "Revisiting Dynamic Convolution via
-Matrix Decomposition" (ICLR 2021).
+The same signatures as the fused operators, any floating-point or complex dtype, any device, differentiable
+any number of times. All of it runs factored, ``y = λ⊙(W0 * x) + P Φ Qᵀ x``: no per-sample weight (N×Co×Ci)
+is formed, except by :func:`dcd_weight`, whose purpose that is. Equations are those of "Revisiting Dynamic
+Convolution via Matrix Decomposition" (ICLR 2021).
 
-In half precision lam, phi and bias may be float32: the products with them are then float32 and only the result is
-rounded. Under autocast the tensors are converted as the fused operators' autocast rule does it (input, weight, p, q,
-r and residual to the autocast dtype; lam, phi and bias stay).
+In half precision lam, phi and bias may be float32: the products with them are then float32 and only the
+result is rounded. Under autocast the tensors are converted as the fused operators' autocast rule does it
+(input, weight, p, q, r and residual to the autocast dtype; lam, phi and bias stay).
 """
 
 from __future__ import annotations
@@ -43,24 +43,10 @@ def dcd_conv1d(
     activation: str | None = None,
 ) -> Tensor:
     """Plain PyTorch for :func:`dcd_kernels.dcd_conv1d`: same arguments, shapes, dtypes and errors."""
-    return _checked(
-        "dcd_conv1d",
-        1,
-        input,
-        weight,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
+    plan = checks.conv(
+        1, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
+    return conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_conv2d(
@@ -81,24 +67,10 @@ def dcd_conv2d(
     activation: str | None = None,
 ) -> Tensor:
     """Plain PyTorch for :func:`dcd_kernels.dcd_conv2d`: same arguments, shapes, dtypes and errors."""
-    return _checked(
-        "dcd_conv2d",
-        2,
-        input,
-        weight,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
+    plan = checks.conv(
+        2, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
+    return conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_conv3d(
@@ -119,24 +91,10 @@ def dcd_conv3d(
     activation: str | None = None,
 ) -> Tensor:
     """Plain PyTorch for :func:`dcd_kernels.dcd_conv3d`: same arguments, shapes, dtypes and errors."""
-    return _checked(
-        "dcd_conv3d",
-        3,
-        input,
-        weight,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
+    plan = checks.conv(
+        3, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
+    return conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_linear(
@@ -189,9 +147,9 @@ def dcd_weight(
 ) -> Tensor:
     r"""The materialised per-sample weights, ``W_n = Λ_n W0 + P Φ_n Qᵀ`` (Eq. 6) or the other forms of it.
 
-    N times the memory of the weights: for tests and for the naive baseline only. For a k×k weight with q and without
-    r the residual stands at the centre tap (Fig. 4b); with r alone it is ``P Φ_n Rᵀ`` (Eq. 8); with both,
-    ``Σ P[o,a] phi[n,c,a,b] Q[i,b] R[τ,c]`` (Eq. 9); with a 4-D phi it is block-diagonal (Eq. 7).
+    N times the memory of the weights: for tests and for the naive baseline only. For a k×k weight with q and
+    without r the residual stands at the centre tap (Fig. 4b); with r alone it is ``P Φ_n Rᵀ`` (Eq. 8); with
+    both, ``Σ P[o,a] phi[n,c,a,b] Q[i,b] R[τ,c]`` (Eq. 9); with a 4-D phi it is block-diagonal (Eq. 7).
 
     Args:
         weight: (Co, Ci / groups, \*kernel); (Co, Ci) for linear.
@@ -240,45 +198,6 @@ def _at_centre(matrix: Tensor, kernel: tuple[int, ...]) -> Tensor:
         matrix = matrix.unsqueeze(-1)
     margins = [k // 2 for k in reversed(kernel) for _ in range(2)]
     return F.pad(matrix, margins) if any(margins) else matrix
-
-
-def _checked(
-    caller,
-    spatial,
-    input,
-    weight,
-    p,
-    phi,
-    q,
-    r,
-    lam,
-    bias,
-    residual,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation,
-) -> Tensor:
-    plan = checks.conv(
-        caller,
-        spatial,
-        input,
-        weight,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
-    )
-    return conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation) -> Tensor:
@@ -355,7 +274,7 @@ def convolve(input: Tensor, weight: Tensor, where: Geometry, groups: int = 1) ->
 
 
 def stencil(latent: Tensor, r: Tensor, where: Geometry) -> Tensor:
-    """Each channel of (N, L, *size) under each of r's (∏k, L_k) columns, as (N, L·L_k, *output), channel l·L_k + c.
+    """Each channel of (N, L, *size) under each column of r: (N, L·L_k, *output), channel l·L_k + c.
 
     Channels go into the batch, as all of them see the same L_k kernels: one ordinary convolution whose weight
     gradient is r's, without a batch-dependent number of groups.
@@ -380,7 +299,7 @@ def _project(input: Tensor, rows: Tensor, groups: int = 1) -> Tensor:
 
 
 def _fuse(latent: Tensor, phi: Tensor) -> Tensor:
-    """phi (N, I, J), or in B blocks (N, B, I, J), times every pixel of (N, J or B·J, *size), in phi's precision."""
+    """phi (N, I, J), or (N, B, I, J), times every pixel of (N, J or B·J, *size), in phi's precision."""
     flat = latent.flatten(2).to(phi.dtype)
     if phi.dim() == 4:
         flat = flat.unflatten(1, phi.shape[1:2] + phi.shape[3:])
@@ -402,7 +321,7 @@ def _fuse_channels(input: Tensor, p: Tensor, phi: Tensor, q: Tensor) -> Tensor:
 
 
 def _fuse_taps(latent: Tensor, p: Tensor, phi: Tensor, ci: int) -> Tensor:
-    """P Φ Rᵀ (Eq. 8) on the L_k stencils of each input channel; output channel o reads input channel o // m."""
+    """P Φ Rᵀ (Eq. 8) on each input channel's L_k stencils; output channel o reads input channel o // m."""
     n = phi.shape[0]
     co = p.shape[0]
     mixed = (p.to(phi.dtype) @ phi).reshape(n, ci, co // ci, p.shape[1])

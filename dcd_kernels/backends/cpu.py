@@ -24,8 +24,8 @@ def can_run(
 ) -> tuple[bool, str]:
     """Whether the compiled kernels take a checked call, and why not.
 
-    ``op`` is 'pointwise', 'apply', 'depthwise' or 'joint'; ``weight`` is apply's static output, ``q`` is depthwise's
-    r. All operands share one device by then, and all but lam, phi and bias one dtype.
+    ``op`` is 'pointwise', 'apply', 'depthwise' or 'joint'; ``weight`` is apply's static output, ``q`` is
+    depthwise's r. All operands share one device by then, and all but lam, phi and bias one dtype.
     """
     if not extension.LOADED:
         return False, extension.REASON

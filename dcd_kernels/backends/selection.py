@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which backend runs an operator.
 
-'auto' takes the first backend whose ``can_run`` agrees; a backend that was asked for by name and cannot run a call
-raises with its reason. The same predicates write :func:`dcd_kernels.explain` and the support table.
+'auto' takes the first backend whose ``can_run`` agrees; a backend that was asked for by name and cannot run
+a call raises with its reason. The same predicates write :func:`dcd_kernels.explain` and the support table.
 
 Environment: ``DCD_KERNELS_BACKEND``, read at import, sets what :class:`use_backend` sets.
 """
@@ -30,7 +30,8 @@ def _valid(name: str, source: str) -> str:
     return name
 
 
-# Plain module globals: torch.compile reads and guards them, and reading one costs nothing on the way to a kernel.
+# Plain module globals: torch.compile reads and guards them, and reading one costs nothing on the way to a
+# kernel.
 _requested: str = _valid(os.environ.get(ENVIRONMENT, "").strip().lower() or "auto", ENVIRONMENT)
 _observer: Callable | None = None
 
@@ -38,8 +39,8 @@ _observer: Callable | None = None
 class use_backend:
     """Choose the backend: ``use_backend('cpu')`` sets it, ``with use_backend('cpu'):`` sets and restores it.
 
-    The choice holds for the whole process, all threads. 'auto' takes the best backend that runs a call; any other
-    name is an order: a call that this backend cannot run raises RuntimeError with its reason.
+    The choice holds for the whole process, all threads. 'auto' takes the best backend that runs a call; any
+    other name is an order: a call that this backend cannot run raises RuntimeError with its reason.
 
     Raises:
         ValueError: an unknown name.
