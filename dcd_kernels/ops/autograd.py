@@ -88,7 +88,7 @@ def _behind_activation(form: Form, grad: Tensor, saved, geometry, activation: in
 
 
 def make_formula(form: Form):
-    """(setup_context, backward) of the forward op, for register_autograd and autograd.Function."""
+    """(setup_context, backward) of the forward op."""
     is_addition = 1 not in form.static
 
     def setup_context(ctx, inputs, output):
@@ -99,9 +99,12 @@ def make_formula(form: Form):
         ctx.bias_like = None if bias is None else (bias.dim(), bias.dtype)
         ctx.residual_dtype = None if residual is None else residual.dtype
         recomputes = activation in (SILU, HARDSWISH)
-        if is_addition and factors[_LAM] is None and not recomputes:
-            # The gradient is G itself: the static output, a whole image, need not be kept alive.
-            factors[0] = None
+        if is_addition and not recomputes:
+            # Whole images that no gradient reads need not be kept alive.
+            if factors[_LAM] is None:
+                factors[0] = None
+            if factors[_P] is None:
+                factors[1] = None
         if recomputes:
             ctx.save_for_backward(*factors, bias, residual)
         elif activation == NONE:
@@ -112,17 +115,19 @@ def make_formula(form: Form):
     def backward(ctx, grad):
         with _without_autocast(grad.device.type):
             saved = ctx.saved_tensors
-            factors = saved[:_FACTORS]
+            factors = list(saved[:_FACTORS])
             gated = _behind_activation(form, grad, saved, ctx.geometry, ctx.activation)
             needs = _needs(ctx, 0)
             gradients: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 1)
             if is_addition and factors[_LAM] is None:
+                # G itself is the static output's gradient, and stands in for its shape.
                 if needs & 1:
                     gradients[0] = gated
                 needs &= ~1
-                factors = (gated, *factors[1:])
+                factors[0] = gated
             if is_addition and factors[_P] is None:
-                needs &= ~2  # the input is not read
+                needs &= ~2
+                factors[1] = factors[0]
             if needs:
                 computed = form.backward(gated, *factors, *ctx.geometry, needs)
                 for index in range(_FACTORS):

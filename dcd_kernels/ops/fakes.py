@@ -36,10 +36,12 @@ def _empty_gradients(grad: Tensor, factors, laid_out: int, needs: int) -> tuple[
     The first `laid_out` factors are images, whose gradients keep their layout; the others are
     parameters, whose gradients are contiguous.
     """
+    computed = torch.float64 if grad.dtype is torch.float64 else torch.float32
     gradients = []
     for index, factor in enumerate(factors):
         if not needs >> index & 1:
-            gradients.append(grad.new_empty((0,)))
+            dtype = computed if factor is None else factor.dtype
+            gradients.append(grad.new_empty((0,), dtype=dtype))
         elif index < laid_out:
             gradients.append(_empty(factor, factor.shape[1], factor.shape[2:]))
         else:
