@@ -118,6 +118,57 @@ def test_keys_of_the_static_network():
     assert all(dynamic[key].shape == value.shape for key, value in static.items())
 
 
+def test_static_network_written_out():
+    """The static network against torch's functions, from the table of the MobileNetV2 paper and its keys."""
+    torch.manual_seed(0)
+    model = mobilenet_v2(0.35, 10, pointwise="static", classifier="static", dtype=torch.float64).eval()
+    state = model.state_dict()
+    for key, value in state.items():
+        if key.endswith(("running_mean", "bias")):
+            value.normal_()
+        elif key.endswith("running_var"):
+            value.uniform_(0.5, 2)
+
+    def layer(x, conv, norm, stride=1, activate=True):
+        weight = state[conv + ".weight"]
+        groups = x.shape[1] // weight.shape[1]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2, groups=groups)
+        names = ("running_mean", "running_var", "weight", "bias")
+        x = F.batch_norm(x, *(state[f"{norm}.{name}"] for name in names), eps=1e-5)
+        return x.clamp(0, 6) if activate else x
+
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    y = layer(x, "features.0.0", "features.0.1", stride=2)
+    index, channels = 1, 16
+    for t, c, n, s in (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+    ):
+        for repeat in range(n):
+            block, z = f"features.{index}.conv", y
+            if t > 1:
+                z = layer(z, f"{block}.0.0", f"{block}.0.1")
+            depthwise = int(t > 1)
+            z = layer(z, f"{block}.{depthwise}.0", f"{block}.{depthwise}.1", stride=s if repeat == 0 else 1)
+            z = layer(z, f"{block}.{depthwise + 1}", f"{block}.{depthwise + 2}", activate=False)
+            y = y + z if repeat > 0 else z
+            index, channels = index + 1, c
+    assert (index, channels) == (17, 160)
+    z = layer(
+        layer(y, "features.17.conv.0.0", "features.17.conv.0.1"),
+        "features.17.conv.1.0",
+        "features.17.conv.1.1",
+    )
+    y = layer(z, "features.17.conv.2", "features.17.conv.3", activate=False)
+    y = layer(y, "features.18.0", "features.18.1").mean((2, 3))
+    wanted = y @ state["classifier.1.weight"].T + state["classifier.1.bias"]
+    torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_runs_and_every_parameter_has_a_gradient():
     torch.manual_seed(0)
     model = mobilenet_v2(0.35, depthwise="dcd", blocks=2)

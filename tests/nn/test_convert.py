@@ -92,6 +92,13 @@ def test_a_shared_module_stays_shared():
     torch.testing.assert_close(model(x), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_module_twice_in_one_parent():
+    layer = nn.Conv2d(16, 16, 1)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    convert(model)
+    assert isinstance(model[0], DCDConv2d) and model[2] is model[0]
+
+
 @pytest.mark.parametrize(
     ("layer", "kind"),
     [

@@ -39,6 +39,12 @@ FORMS = {
     "joint even same": (DCDConv2d, (9, 14, (2, 4)), {"joint": True, "padding": "same"}, (6, 5)),
     "reflect": (DCDConv2d, (9, 14, 3), {"padding": (2, 1), "padding_mode": "reflect"}, (6, 5)),
     "circular same": (DCDConv2d, (9, 14, 3), {"padding": "same", "padding_mode": "circular"}, (6, 5)),
+    "circular same even": (
+        DCDConv2d,
+        (9, 14, (4, 2)),
+        {"padding": "same", "padding_mode": "circular", "joint": True},
+        (6, 5),
+    ),
     "replicate depthwise": (
         DCDConv2d,
         (6, 6, 3),
@@ -235,11 +241,21 @@ def test_a_fresh_layer_is_near_static_and_learns_everything_at_once(form):
 
 def test_a_fresh_layer_is_near_static_at_real_widths():
     torch.manual_seed(0)
-    for form in ((960, 160, 1), (96, 576, 1), (256, 256, 3)):
-        layer = DCDConv2d(*form, latent_channels="released", padding=form[2] // 2)
-        x = F.relu6(torch.randn(2, form[0], 7, 7))
-        static = F.conv2d(x, layer.weight, layer.bias, padding=form[2] // 2)
-        assert 0 < (layer(x) - static).norm() / static.norm() < 0.3
+    for in_channels, out_channels, kernel, options in (
+        (960, 160, 1, {"latent_channels": "released"}),
+        (96, 576, 1, {"latent_channels": "released"}),
+        (256, 256, 3, {}),
+        (256, 256, 3, {"joint": True}),
+        (960, 960, 5, {"groups": 960}),
+    ):
+        # Φ alone: λ differs from 1 by as much at any width
+        layer = DCDConv2d(
+            in_channels, out_channels, kernel, padding=kernel // 2, channel_attention=False, **options
+        )
+        x = F.relu6(torch.randn(4, in_channels, 7, 7))
+        padding, groups = layer.padding, layer.groups
+        static = F.conv2d(x, layer.weight, layer.bias, padding=padding, groups=groups)
+        assert 0.01 < (layer(x) - static).norm() / static.norm() < 0.15
 
 
 @pytest.mark.parametrize(
