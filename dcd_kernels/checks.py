@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import geometry
+from .geometry import show
 
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}  # the compiled operators' codes
 _ACTIVATION_NAMES = tuple(ACTIVATIONS)
@@ -113,10 +114,10 @@ def linear(caller, input, weight, p, phi, q, lam, bias, residual, activation) ->
         if len(x) < 2:
             raise ValueError(
                 f"{caller}: input must be batched, (batch, …, in_channels) with at least 2 dimensions, got "
-                f"{tuple(x)}; unsqueeze(0) makes a batch of one"
+                f"{show(x)}; unsqueeze(0) makes a batch of one"
             )
         if len(w) != 2:
-            raise ValueError(f"{caller}: weight must be (out_channels, in_channels), got {tuple(w)}")
+            raise ValueError(f"{caller}: weight must be (out_channels, in_channels), got {show(w)}")
         n, ci, co = x[0], x[-1], w[0]
         dtype, device = input.dtype, input.device
         if dtype not in _DTYPES or weight.dtype is not dtype or weight.device != device:
@@ -153,12 +154,12 @@ def apply(caller, static, input, p, phi, q, lam, bias, residual, stride, offset,
         if len(y) < 3:
             raise ValueError(
                 f"{caller}: static must be (batch, out_channels, *spatial) with at least 3 dimensions, got "
-                f"{tuple(y)}"
+                f"{show(y)}"
             )
         if len(x) != len(y) or x[0] != y[0]:
             raise ValueError(
-                f"{caller}: input must have the batch size and number of dimensions of static {tuple(y)}, "
-                f"got {tuple(x)}"
+                f"{caller}: input must have the batch size and number of dimensions of static {show(y)}, "
+                f"got {show(x)}"
             )
         n, co, ci = y[0], y[1], x[1]
         dtype, device = static.dtype, static.device
@@ -169,7 +170,7 @@ def apply(caller, static, input, p, phi, q, lam, bias, residual, stride, offset,
             for argument, shape in (("static", y), ("input", x)):
                 if 0 in shape[1:]:
                     raise ValueError(
-                        f"{caller}: only the batch of {argument} may be empty, got {tuple(shape)}"
+                        f"{caller}: only the batch of {argument} may be empty, got {show(shape)}"
                     )
         if p is not None and phi is not None and q is None:
             _latent_factors(caller, p, phi, n, co, ci, dtype, device)
@@ -202,7 +203,7 @@ def weight(caller, weight, p, phi, q, r, lam, groups) -> str:
     """
     _tensors(caller, weight=weight, p=p, phi=phi, q=q, r=r, lam=lam)
     if weight.dim() < 2:
-        raise ValueError(f"{caller}: weight must have at least 2 dimensions, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{caller}: weight must have at least 2 dimensions, got shape {show(weight.shape)}")
     batched, argument = (phi, "phi") if phi is not None else (lam, "lam")
     if batched is None:
         raise ValueError(f"{caller}: phi or lam must be given, as they carry the batch size; both are None")
@@ -225,6 +226,11 @@ def weight(caller, weight, p, phi, q, r, lam, groups) -> str:
     return "depthwise" if q is None else "joint"
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a device type; also for types that torch has no autocast for ('meta')."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _factors(caller, p, phi, q, n, co, ci, dtype, device) -> None:
     """p, phi and q of a residual that fuses channels: dense (Eqs. 5, 6) or block-diagonal (Eq. 7)."""
     if p is None or phi is None or q is None:
@@ -243,8 +249,8 @@ def _factors(caller, p, phi, q, n, co, ci, dtype, device) -> None:
             _fail_shape(caller, "phi", phi, (n, blocks, latent, latent), "(batch, B, L, L), Eq. 7")
         if blocks < 1 or co % blocks or ci % blocks:
             raise ValueError(
-                f"{caller}: phi {tuple(f)} has B = {blocks} blocks; B must divide in_channels {ci} and "
-                f"out_channels {co}"
+                f"{caller}: phi {show(f)} has B = {show(blocks)} blocks; B must divide in_channels "
+                f"{show(ci)} and out_channels {show(co)}"
             )
     elif f != (n, latent, latent) or latent == 0:
         _fail_phi(caller, p, phi, n)
@@ -263,20 +269,20 @@ def _other_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, devic
         return
     if groups != 1 and groups == ci:
         raise ValueError(
-            f"{caller}: q must be None with a depthwise convolution (groups = in_channels = {groups}), whose "
-            f"residual takes r (Eq. 8); got q {tuple(q.shape)}. dcd_apply adds one that fuses channels"
+            f"{caller}: q must be None with a depthwise convolution (groups = in_channels = {show(groups)}), "
+            f"whose residual takes r (Eq. 8); got q {show(q.shape)}. dcd_apply adds one that fuses channels"
         )
     _factors(caller, p, phi, q, n, co, ci, dtype, device)
     if groups != 1 and (phi.dim() != 4 or phi.shape[1] % groups):
         raise ValueError(
-            f"{caller}: phi must be (batch, B, L, L), block-diagonal, B a multiple of groups = {groups}, "
-            f"got {tuple(phi.shape)}; for a dense residual beside a grouped convolution "
+            f"{caller}: phi must be (batch, B, L, L), block-diagonal, B a multiple of groups = "
+            f"{show(groups)}, got {show(phi.shape)}; for a dense residual beside a grouped convolution "
             f"call dcd_apply on its output"
         )
     if any(k % 2 == 0 for k in kernel):
         raise ValueError(
             f"{caller}: weight must have odd kernel sizes for a residual at the centre tap (q, no r), got "
-            f"the kernel {tuple(kernel)}; dcd_apply takes a static output and any offset"
+            f"the kernel {show(kernel)}; dcd_apply takes a static output and any offset"
         )
 
 
@@ -289,13 +295,13 @@ def _kernel_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, devi
     for k in kernel:
         taps *= k
     if r.dim() != 2 or r.shape[0] != taps or r.shape[1] == 0:
-        _fail_shape(caller, "r", r, (taps, "L_k"), f"(kernel elements, L_k) of the kernel {tuple(kernel)}")
+        _fail_shape(caller, "r", r, (taps, "L_k"), f"(kernel elements, L_k) of the kernel {show(kernel)}")
     latent_kernel = r.shape[1]
     if q is None:
         if groups != ci:
             raise ValueError(
-                f"{caller}: groups must be in_channels = {ci} with r and without q (depthwise, Eq. 8), got "
-                f"{groups}; with groups = 1 give q too (joint fusion, Eq. 9)"
+                f"{caller}: groups must be in_channels = {show(ci)} with r and without q (depthwise, Eq. 8), "
+                f"got {show(groups)}; with groups = 1 give q too (joint fusion, Eq. 9)"
             )
         if phi.shape != (n, latent_kernel, latent_kernel):
             wanted = (n, latent_kernel, latent_kernel)
@@ -305,12 +311,12 @@ def _kernel_factors(caller, p, phi, q, r, n, co, ci, kernel, groups, dtype, devi
         return
     _kind(caller, "q", q, dtype, device)
     if groups != 1:
-        raise ValueError(f"{caller}: groups must be 1 with q and r (joint fusion, Eq. 9), got {groups}")
+        raise ValueError(f"{caller}: groups must be 1 with q and r (joint fusion, Eq. 9), got {show(groups)}")
     latent = phi.shape[-1] if phi.shape else 0
     if phi.shape != (n, latent_kernel, latent, latent) or latent == 0:
-        blocks = "; blocks do not go with joint fusion" if phi.dim() == 5 else ""
+        hint = "; blocks do not go with joint fusion" if phi.dim() == 5 else ""
         wanted = (n, latent_kernel, latent or "L", latent or "L")
-        _fail_shape(caller, "phi", phi, wanted, f"(batch, L_k, L, L), Eq. 9, L_k of r{blocks}")
+        _fail_shape(caller, "phi", phi, wanted, f"(batch, L_k, L, L), Eq. 9, L_k of r{hint}")
     if p.shape != (co, latent):
         _fail_p(caller, p, (co, latent))
     if q.shape != (ci, latent):
@@ -341,7 +347,9 @@ def _bias(caller, bias, n, co, dtype, device) -> None:
     if bias.dtype is not dtype or bias.device != device:
         _kind(caller, "bias", bias, dtype, device, True)
     if bias.shape != (co,) and bias.shape != (n, co):
-        _fail_shape(caller, "bias", bias, (co,), f"(out_channels,), or (batch, out_channels) = {(n, co)}")
+        _fail_shape(
+            caller, "bias", bias, (co,), f"(out_channels,), or (batch, out_channels) = {show((n, co))}"
+        )
 
 
 def _residual(caller, residual, output, dtype, device) -> None:
@@ -360,11 +368,11 @@ def _activation(caller, activation, dtype) -> None:
 
 def _groups(caller, groups, ci, co) -> None:
     if not isinstance(groups, int):
-        raise TypeError(f"{caller}: groups must be an integer, got {groups!r}")
+        raise TypeError(f"{caller}: groups must be an integer, got {show(groups)}")
     if groups < 1 or ci % groups or co % groups:
         raise ValueError(
-            f"{caller}: groups must be positive and divide in_channels {ci} and out_channels {co}, got "
-            f"{groups}"
+            f"{caller}: groups must be positive and divide in_channels {show(ci)} and out_channels "
+            f"{show(co)}, got {show(groups)}"
         )
 
 
@@ -382,7 +390,7 @@ def _kind(caller, argument, tensor, dtype, device, wide=False) -> None:
     if wide and dtype in _HALF and tensor.dtype is torch.float32:
         return
     # Under autocast the operator itself converts, so that a float32 parameter beside a half input is right.
-    if tensor.dtype in _AUTOCAST and dtype in _AUTOCAST and torch.is_autocast_enabled(device.type):
+    if tensor.dtype in _AUTOCAST and dtype in _AUTOCAST and autocast_enabled(device.type):
         return
     wanted = f"{dtype} or torch.float32" if wide and dtype in _HALF else str(dtype)
     raise TypeError(
@@ -393,9 +401,9 @@ def _kind(caller, argument, tensor, dtype, device, wide=False) -> None:
 def _extent(caller, input, weight, channel) -> None:
     """Sizes of zero: right for the batch and for linear's rows, for nothing from ``channel`` on."""
     if 0 in weight.shape:
-        raise ValueError(f"{caller}: weight must have no size of zero, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{caller}: weight must have no size of zero, got shape {show(weight.shape)}")
     if 0 in input.shape[channel:]:
-        raise ValueError(f"{caller}: only the batch of input may be empty, got shape {tuple(input.shape)}")
+        raise ValueError(f"{caller}: only the batch of input may be empty, got shape {show(input.shape)}")
 
 
 def _tensors(caller, **arguments) -> None:
@@ -413,18 +421,19 @@ def _fail_rank(caller, spatial, input, weight) -> NoReturn:
         hint = "; unsqueeze(0) makes a batch of one" if input.dim() == rank - 1 else ""
         raise ValueError(
             f"{caller}: input must be batched, (batch, in_channels, *spatial) with {rank} dimensions, got "
-            f"{tuple(input.shape)}{hint}"
+            f"{show(input.shape)}{hint}"
         )
     raise ValueError(
         f"{caller}: weight must be (out_channels, in_channels / groups, *kernel) with {rank} dimensions, got "
-        f"{tuple(weight.shape)}"
+        f"{show(weight.shape)}"
     )
 
 
 def _fail_shape(caller, argument, tensor, wanted, meaning) -> NoReturn:
     _tensors(caller, **{argument: tensor})
-    shape = ", ".join(str(size) for size in wanted)
-    raise ValueError(f"{caller}: {argument} must have shape ({shape}), {meaning}; got {tuple(tensor.shape)}")
+    raise ValueError(
+        f"{caller}: {argument} must have shape {show(wanted)}, {meaning}; got {show(tensor.shape)}"
+    )
 
 
 def _fail_p(caller, p, wanted) -> NoReturn:
@@ -436,15 +445,13 @@ def _fail_phi(caller, p, phi, n) -> NoReturn:
     if p.dim() != 2:
         _fail_p(caller, p, ("out_channels", "L"))
     wanted = (n, p.shape[1], p.shape[1])
-    _fail_shape(
-        caller, "phi", phi, wanted, f"(batch, L, L), L of p {tuple(p.shape)}, or 4-D (batch, B, L, L)"
-    )
+    _fail_shape(caller, "phi", phi, wanted, f"(batch, L, L), L of p {show(p.shape)}, or 4-D (batch, B, L, L)")
 
 
 def _fail_factors(caller, p, phi, q, r, groups=1, ci=0) -> NoReturn:
     _tensors(caller, p=p, phi=phi, q=q, r=r)
     if p is not None and p.dim() == 1:
-        raise ValueError(f"{caller}: p must have 2 dimensions, got {tuple(p.shape)}: bias is keyword-only")
+        raise ValueError(f"{caller}: p must have 2 dimensions, got {show(p.shape)}: bias is keyword-only")
     missing = "p" if p is None else "phi" if phi is None else "r" if groups != 1 and groups == ci else "q"
     given = [name for name, value in (("p", p), ("phi", phi), ("q", q), ("r", r)) if value is not None]
     raise ValueError(

@@ -38,6 +38,17 @@ class Geometry(NamedTuple):
         )
 
 
+def show(value) -> str:
+    """An argument as it stands in an error message: a size, a shape, or a shape with names in it ('L').
+
+    int() makes a number of a size that torch.compile traces as a symbol.
+    """
+    if isinstance(value, (tuple, list)):
+        entries = [entry if isinstance(entry, str) else show(entry) for entry in value]
+        return "(" + ", ".join(entries) + ("," if len(entries) == 1 else "") + ")"
+    return f"{int(value)}" if isinstance(value, (int, torch.SymInt)) else repr(value)
+
+
 def per_dimension(caller: str, argument: str, value, spatial: int, least: int | None) -> tuple[int, ...]:
     """One integer, or one per spatial dimension, as a tuple of ``spatial`` integers.
 
@@ -47,18 +58,18 @@ def per_dimension(caller: str, argument: str, value, spatial: int, least: int | 
     """
     entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(entries) not in (1, spatial):
-        raise ValueError(f"{caller}: {argument} must be one integer or {spatial} of them, got {value!r}")
+        raise ValueError(f"{caller}: {argument} must be one integer or {spatial} of them, got {show(value)}")
     numbers = []
     for entry in entries:
         if not isinstance(entry, (int, torch.SymInt)):
             if not hasattr(entry, "__index__"):
                 raise TypeError(
-                    f"{caller}: {argument} must be an integer or a tuple of integers, got {value!r}"
+                    f"{caller}: {argument} must be an integer or a tuple of integers, got {show(value)}"
                 )
             entry = operator.index(entry)
         if least is not None and entry < least:
             wanted = "positive" if least == 1 else f"at least {least}"
-            raise ValueError(f"{caller}: {argument} must be {wanted}, got {value!r}")
+            raise ValueError(f"{caller}: {argument} must be {wanted}, got {show(value)}")
         numbers.append(entry)
     return tuple(numbers) if len(numbers) == spatial else tuple(numbers) * spatial
 
@@ -80,12 +91,12 @@ def resolve(caller: str, size, kernel, stride, padding, dilation) -> Geometry:
             low = high = (0,) * spatial
         elif padding == "same":
             if any(s != 1 for s in stride):
-                raise ValueError(f"{caller}: padding='same' needs stride 1, got stride {stride}")
+                raise ValueError(f"{caller}: padding='same' needs stride 1, got stride {show(stride)}")
             total = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
             low = tuple(t // 2 for t in total)
             high = tuple(t - before for t, before in zip(total, low, strict=True))
         else:
-            raise ValueError(f"{caller}: padding must be integers, 'same' or 'valid', got {padding!r}")
+            raise ValueError(f"{caller}: padding must be integers, 'same' or 'valid', got {show(padding)}")
     else:
         low = high = per_dimension(caller, "padding", padding, spatial, 0)
     output = []
@@ -94,9 +105,9 @@ def resolve(caller: str, size, kernel, stride, padding, dilation) -> Geometry:
         reach = dilation[axis] * (kernel[axis] - 1) + 1
         if padded < reach:
             raise ValueError(
-                f"{caller}: the kernel reaches over {reach} positions (kernel size {kernel[axis]}, dilation "
-                f"{dilation[axis]}) but the padded input has only {padded} in spatial dimension {axis} "
-                f"(input {tuple(size)}, padding {padding!r})"
+                f"{caller}: the kernel reaches over {show(reach)} positions (kernel size "
+                f"{show(kernel[axis])}, dilation {show(dilation[axis])}) but the padded input has only "
+                f"{show(padded)} in spatial dimension {axis} (input {show(size)}, padding {show(padding)})"
             )
         output.append((padded - reach) // stride[axis] + 1)
     return Geometry(tuple(kernel), stride, low, high, dilation, tuple(output))

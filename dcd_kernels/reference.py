@@ -203,7 +203,7 @@ def _at_centre(matrix: Tensor, kernel: tuple[int, ...]) -> Tensor:
 def conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation) -> Tensor:
     """A convolution whose arguments are checked; ``plan`` is what the check returned."""
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if checks.autocast_enabled(device):
         input, weight, p, q, r, residual = _autocast(device, input, weight, p, q, r, residual)
         with torch.autocast(device, enabled=False):
             return conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
@@ -231,7 +231,7 @@ def conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activat
 def apply(static, input, p, phi, q, lam, bias, residual, stride, offset, activation) -> Tensor:
     """dcd_apply with checked arguments; stride and offset have one entry per spatial dimension."""
     device = static.device.type
-    if torch.is_autocast_enabled(device):
+    if checks.autocast_enabled(device):
         static, input, p, q, residual = _autocast(device, static, input, p, q, residual)
         with torch.autocast(device, enabled=False):
             return apply(static, input, p, phi, q, lam, bias, residual, stride, offset, activation)
@@ -245,7 +245,7 @@ def apply(static, input, p, phi, q, lam, bias, residual, stride, offset, activat
 def linear(input, weight, p, phi, q, lam, bias, residual, activation) -> Tensor:
     """dcd_linear with checked arguments."""
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if checks.autocast_enabled(device):
         input, weight, p, q, residual = _autocast(device, input, weight, p, q, residual)
         with torch.autocast(device, enabled=False):
             return linear(input, weight, p, phi, q, lam, bias, residual, activation)
