@@ -10,8 +10,7 @@ template <class S>
 static void apply(const ApplyParams<typename S::Scalar>& s, const Runtime& runtime) {
   using T = typename S::Scalar;
   const bool channels_last = s.channels_last && s.pixels > 1;
-  const Layer<T> layer = make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, nullptr, s.p, s.q, false,
-                                       channels_last);
+  const Layer<T> layer = make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, nullptr, s.p, s.q, false);
   const SampleProduct<S> product(layer, Direction::kForward, channels_last, false);
   const int64_t parts = channel_parts(s.batch, runtime.threads, s.out_channels, Shape<S>::kLanes);
   parallel(runtime, s.batch * parts, [&](int64_t task) {
@@ -37,8 +36,7 @@ template <class S>
 static void apply_grad(const ApplyGradParams<typename S::Scalar>& s, const Runtime& runtime) {
   using T = typename S::Scalar;
   const bool channels_last = s.channels_last && s.pixels > 1;
-  const Layer<T> layer = make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, nullptr, s.p, s.q, false,
-                                       channels_last);
+  const Layer<T> layer = make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, nullptr, s.p, s.q, false);
   if (s.d_input.data && s.latent) input_gradient<S>(layer, s, channels_last, runtime);
   if (s.latent) {
     LatentGradients<S> latent(layer, s.batch, s.pixels, channels_last);

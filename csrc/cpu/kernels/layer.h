@@ -15,12 +15,17 @@ static inline T most(T a, T b) {
 }
 
 // out[c, r] = in[r, c]
-template <class T>
-static void transpose(const T* in, int64_t in_row, int64_t rows, int64_t columns, T* out, int64_t out_row) {
-  constexpr int64_t kSide = 16;  // a block whose lines stay in L1 on both sides
-  for (int64_t r0 = 0; r0 < rows; r0 += kSide)
-    for (int64_t c0 = 0; c0 < columns; c0 += kSide) {
-      const int64_t r1 = least(r0 + kSide, rows), c1 = least(c0 + kSide, columns);
+template <class S>
+static void transpose(const typename S::Scalar* in, int64_t in_row, int64_t rows, int64_t columns,
+                      typename S::Scalar* out, int64_t out_row) {
+  constexpr int64_t W = S::kLanes;
+  for (int64_t r0 = 0; r0 < rows; r0 += W)
+    for (int64_t c0 = 0; c0 < columns; c0 += W) {
+      const int64_t r1 = least(r0 + W, rows), c1 = least(c0 + W, columns);
+      if (r1 - r0 == W && c1 - c0 == W) {
+        S::transpose(in + r0 * in_row + c0, in_row, out + c0 * out_row + r0, out_row);
+        continue;
+      }
       for (int64_t c = c0; c < c1; ++c)
         for (int64_t r = r0; r < r1; ++r) out[c * out_row + r] = in[r * in_row + c];
     }
@@ -84,7 +89,7 @@ template <class S>
 static Layer<typename S::Scalar> make_layer(int64_t in_channels, int64_t out_channels, int64_t latent,
                                             int64_t blocks, const typename S::Scalar* weight,
                                             const typename S::Scalar* p, const typename S::Scalar* q,
-                                            bool need_weight_t, bool need_p_t) {
+                                            bool need_weight_t) {
   using T = typename S::Scalar;
   Layer<T> layer{in_channels, out_channels, latent, blocks, weight, p, q};
   const int64_t weight_size = need_weight_t ? in_channels * out_channels : 0;
@@ -94,18 +99,16 @@ static Layer<typename S::Scalar> make_layer(int64_t in_channels, int64_t out_cha
       Scratch::kShared)));
   if (need_weight_t) {
     T* t = shared.take(weight_size);
-    transpose(weight, in_channels, out_channels, in_channels, t, out_channels);
+    transpose<S>(weight, in_channels, out_channels, in_channels, t, out_channels);
     layer.weight_t = t;
   }
   if (latent) {
     T* t = shared.take(latent * in_channels);
-    transpose(q, latent, in_channels, latent, t, in_channels);
+    if (q) transpose<S>(q, latent, in_channels, latent, t, in_channels);
     layer.q_t = t;
-    if (need_p_t) {
-      t = shared.take(latent * out_channels);
-      transpose(p, latent, out_channels, latent, t, out_channels);
-      layer.p_t = t;
-    }
+    t = shared.take(latent * out_channels);
+    transpose<S>(p, latent, out_channels, latent, t, out_channels);
+    layer.p_t = t;
   }
   return layer;
 }

@@ -5,8 +5,7 @@
 // No more of W_n than such a piece exists at any time.
 #pragma once
 
-#include "layer.h"
-#include "tile.h"
+#include "thin.h"
 
 namespace dcd::DCD_ISA {
 
@@ -40,6 +39,7 @@ class SampleProduct {
       size += 2 * Pieces<T>::rounded(l * kPixels) + Pieces<T>::rounded(layer_.phi_size());
       if (!forward_) size += Pieces<T>::rounded(from_channels() * kPixels);
     }
+    if (!channels_last_) size += Thin<S>::scratch_size(from_channels(), channels);
     return size + Pieces<T>::rounded(1);
   }
 
@@ -79,6 +79,7 @@ class SampleProduct {
       fuse(phi, fused);
     const int64_t width = piece_width(c1 - c0);
     T* piece = pieces.take(width * from_stride() + to_stride(c1 - c0) * from_channels());
+    T* thin = channels_last_ ? nullptr : pieces.take(Thin<S>::scratch_size(from_channels(), c1 - c0));
     for (int64_t first = c0; first < c1; first += width) {
       const int64_t last = least(first + width, c1);
       Block<T> block = epilogue.at(channels_last_ ? 0 : first, channels_last_ ? first : 0);
@@ -101,7 +102,7 @@ class SampleProduct {
       } else {
         block.a = piece, block.a_row = forward_ ? stride : 1, block.a_k = forward_ ? 1 : stride;
         block.b = from, block.b_k = from_row;
-        multiply<S>(block, last - first, pixels);
+        multiply_channel_rows<S>(block, last - first, pixels, nullptr, 0, thin);
       }
     }
   }
@@ -179,6 +180,7 @@ class SampleProduct {
     const T* core = core_for(phi, pieces.take(layer_.phi_size()));
     // lam belongs to the output channels, the reduction axis of the backward product: there it scales the operand.
     T* scaled = !forward_ && lam && k ? pieces.take(k * kPixels) : nullptr;
+    T* thin = channels_last_ ? nullptr : pieces.take(Thin<S>::scratch_size(from_channels(), c1 - c0));
     // Without Q the backward product ends with Phi^T in Q's place and nothing is left to mix.
     const bool bare = !forward_ && !layer_.q;
     const T* left = forward_ ? layer_.p : layer_.q;
@@ -214,7 +216,7 @@ class SampleProduct {
                      block.a2 = bare ? phi + first : left + first * l;
                      block.a2_row = bare ? 1 : l, block.a2_k = bare ? ci : 1;
                      block.b2 = tail + b * l * count, block.b2_k = count;
-                     multiply<S>(block, last - first, count);
+                     multiply_channel_rows<S>(block, last - first, count, left_t + first, to_channels(), thin);
                    }
                  });
     }
@@ -227,9 +229,9 @@ class SampleProduct {
     const int64_t l = layer_.latent;
     if (!channels_last_ || !forward_) return phi;
     if (!layer_.q) {
-      transpose(phi, layer_.in_channels, l, layer_.in_channels, space, l);
+      transpose<S>(phi, layer_.in_channels, l, layer_.in_channels, space, l);
     } else {
-      for (int64_t b = 0; b < layer_.blocks; ++b) transpose(phi + b * l * l, l, l, l, space + b * l * l, l);
+      for (int64_t b = 0; b < layer_.blocks; ++b) transpose<S>(phi + b * l * l, l, l, l, space + b * l * l, l);
     }
     return space;
   }

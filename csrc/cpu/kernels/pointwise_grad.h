@@ -60,7 +60,7 @@ static void weight_gradients(const PointwiseGradParams<typename S::Scalar>& s,
         if (want_p || want_phi)
           dot<S>(block_of_s, ci, count, layer.q_t + b * width, ci, l, width, false, times_q, l);
         if (want_p) {
-          transpose(phi, l, l, l, phi_t, l);
+          transpose<S>(phi, l, l, l, phi_t, l);
           Block<T> block;
           block.a = times_q, block.a_row = l, block.a_k = 1;
           block.b = phi_t, block.b_k = l, block.k = l;
@@ -98,7 +98,7 @@ static void weight_gradients(const PointwiseGradParams<typename S::Scalar>& s,
   if (want_q) {
     for (int64_t band = 1; band < bands; ++band)
       add_scaled<S>(q_shares.get() + band * l * ci, T(1), l * ci, false, q_shares.get());
-    transpose(q_shares.get(), ci, l, ci, s.d_q, l);
+    transpose<S>(q_shares.get(), ci, l, ci, s.d_q, l);
   }
 }
 
@@ -107,7 +107,7 @@ static void pointwise_grad(const PointwiseGradParams<typename S::Scalar>& s, con
   using T = typename S::Scalar;
   const bool channels_last = s.channels_last && s.pixels > 1;
   const Layer<T> layer =
-      make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, s.weight, s.p, s.q, false, false);
+      make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, s.weight, s.p, s.q, false);
   if (s.d_input.data) input_gradient<S>(layer, s, channels_last, runtime);
   const int64_t l = s.latent;
   const bool latent_from_s = l && s.in_channels * s.out_channels / s.blocks < s.pixels * (s.in_channels + s.out_channels);

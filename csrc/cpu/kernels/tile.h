@@ -36,6 +36,8 @@ struct Block {
   T* c = nullptr;  // [rows, lanes]
   int64_t c_row = 0;
   int activation = kNone;
+  // What the next panel of B will read: one line a step of k, for its rows are too far apart for the hardware to guess.
+  const T* upcoming = nullptr;
 
   Block at(int64_t row, int64_t lane) const {
     Block s = *this;
@@ -83,8 +85,10 @@ struct Tile {
   }
 
   static inline void product(V (&acc)[ROWS][VECTORS], const T* a, int64_t a_row, int64_t a_k, const T* b,
-                             int64_t b_k, int64_t k, int tail) {
+                             int64_t b_k, int64_t k, int tail, const T* upcoming) {
     for (int64_t i = 0; i < k; ++i) {
+      S::prefetch(upcoming);
+      upcoming += b_k;
       V x[VECTORS];
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; ++j) x[j] = load(b, j, tail);
@@ -111,9 +115,9 @@ struct Tile {
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; ++j) acc[r][j] = load(s.init + r * s.init_row, j, tail);
     }
-    product(acc, s.a, s.a_row, s.a_k, s.b, s.b_k, s.k, tail);
+    product(acc, s.a, s.a_row, s.a_k, s.b, s.b_k, s.k, tail, s.upcoming);
     if (s.scale) each(acc, s.scale, s.scale_row, s.along_lanes, tail, [](V a, V f) { return S::mul(a, f); });
-    product(acc, s.a2, s.a2_row, s.a2_k, s.b2, s.b2_k, s.k2, tail);
+    product(acc, s.a2, s.a2_row, s.a2_k, s.b2, s.b2_k, s.k2, tail, s.b2);
     if (s.bias) each(acc, s.bias, s.bias_row, s.along_lanes, tail, [](V a, V f) { return S::add(a, f); });
     if (s.residual)
       each(acc, s.residual, s.residual_row, true, tail, [](V a, V f) { return S::add(a, f); });
@@ -220,7 +224,10 @@ static void multiply(const Block<typename S::Scalar>& block, int64_t rows, int64
     const int tail = static_cast<int>(width - (v1 - 1) * W);
     for (int64_t i = 0; i < bands; ++i) {
       const int64_t r0 = i * rows / bands, r1 = (i + 1) * rows / bands;
-      tile_of<S>(static_cast<int>(r1 - r0), static_cast<int>(v1 - v0), tail != W)(block.at(r0, v0 * W), tail);
+      Block<typename S::Scalar> tile = block.at(r0, v0 * W);
+      // Each band fetches one vector of the next panel; the panel that is in L1 already is a prefetch that costs nothing.
+      tile.upcoming = v1 + i < vectors && i < Shape<S>::kVectors ? block.b + (v1 + i) * W : tile.b;
+      tile_of<S>(static_cast<int>(r1 - r0), static_cast<int>(v1 - v0), tail != W)(tile, tail);
     }
   }
 }

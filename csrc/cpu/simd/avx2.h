@@ -48,6 +48,28 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
 
+  // out[i] = sum of the i-th operand's lanes
+  static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+
+  // out[c, r] = in[r, c] for a square of 8: pairs, then fours, within 128 bits, then the halves.
+  static inline void transpose(const float* in, int64_t in_row, float* out, int64_t out_row) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(in + i * in_row);
+    for (int i = 0; i < 8; i += 4) {
+      const __m256 t0 = _mm256_unpacklo_ps(a[i], a[i + 1]), t1 = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      const __m256 t2 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), t3 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+      b[i] = _mm256_shuffle_ps(t0, t2, 0x44), b[i + 1] = _mm256_shuffle_ps(t0, t2, 0xee);
+      b[i + 2] = _mm256_shuffle_ps(t1, t3, 0x44), b[i + 3] = _mm256_shuffle_ps(t1, t3, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(out + i * out_row, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+      _mm256_storeu_ps(out + (i + 4) * out_row, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    }
+  }
+
   // 2^n for integral n in [-126, 127].
   static inline Vec pow2(Vec n) {
     const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));

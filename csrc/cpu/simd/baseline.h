@@ -72,6 +72,15 @@ struct Simd {
     for (int i = 1; i < kLanes; ++i) s += x.v[i];
     return s;
   }
+  // out[i] = sum of the i-th operand's lanes
+  static inline void sum4(Vec a, Vec b, Vec c, Vec d, T* out) {
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+  }
+  // out[c, r] = in[r, c] for a square of kLanes
+  static inline void transpose(const T* in, int64_t in_row, T* out, int64_t out_row) {
+    for (int c = 0; c < kLanes; ++c)
+      for (int r = 0; r < kLanes; ++r) out[c * out_row + r] = in[r * in_row + c];
+  }
   static inline Vec exp(Vec x) {
     Vec r;
     for (int i = 0; i < kLanes; ++i) r.v[i] = std::exp(x.v[i]);
