@@ -29,6 +29,7 @@ NONE, RELU, RELU6, SILU, HARDSWISH = (
 _FACTORS = 6
 _BIAS, _RESIDUAL, _GEOMETRY = 6, 7, 8
 _P, _PHI, _Q, _LAM = 2, 3, 4, 5
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class Form(NamedTuple):
@@ -71,13 +72,18 @@ def _needs(ctx, first: int) -> int:
 
 
 def _behind_activation(form: Form, grad: Tensor, saved, geometry, activation: int) -> Tensor:
+    """G = act' dY, in float32 where it would be rounded a second time in half precision."""
     if activation == NONE:
         return grad
     if activation == RELU:
         return torch.ops.aten.threshold_backward(grad, saved[-1], 0)
     if activation == RELU6:
         return torch.ops.aten.hardtanh_backward(grad, saved[-1], 0, 6)
-    # Neither is invertible, and the pre-activation costs one image of memory: compute it again.
+    # Neither is invertible, and the pre-activation costs one image of memory: compute it again. In half
+    # precision it was never rounded on the way forward, and its slope shall not be taken of a rounded one.
+    if grad.dtype in _HALF:
+        grad = grad.float()
+        saved = [None if tensor is None else tensor.float() for tensor in saved]
     before = form.forward(*saved, *geometry, NONE)
     if activation == SILU:
         if torch.is_grad_enabled():  # aten's kernel has no derivative of its own
@@ -120,11 +126,11 @@ def make_formula(form: Form):
             needs = _needs(ctx, 0)
             gradients: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 1)
             if is_addition and factors[_LAM] is None:
-                # G itself is the static output's gradient, and stands in for its shape.
+                # G itself is the static output's gradient; of that, the shape is all that is left to know.
                 if needs & 1:
-                    gradients[0] = gated
+                    gradients[0] = gated.to(grad.dtype)
                 needs &= ~1
-                factors[0] = gated
+                factors[0] = grad
             if is_addition and factors[_P] is None:
                 needs &= ~2
                 factors[1] = factors[0]
@@ -168,7 +174,7 @@ def make_second_formula(form: Form):
                 if along is None:
                     continue
                 if ctx.needs_input_grad[1]:
-                    add(0, form.forward(*along, None, None, *ctx.geometry, NONE))
+                    add(0, form.forward(*along, None, None, *ctx.geometry, NONE).to(grad.dtype))
                 needs = wanted & live
                 if needs:
                     computed = form.backward(grad, *along, *ctx.geometry, needs)

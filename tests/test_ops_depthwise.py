@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled depthwise op: values, layouts, instruction sets, special values, the dispatcher's contract."""
+
+import itertools
+
+import op_checks
+import pytest
+import torch
+from operands import (
+    HALF,
+    ISAS,
+    LAYOUTS,
+    Case,
+    call,
+    operands,
+    poisoned_outputs,  # noqa: F401
+)
+
+
+def _case(
+    batch,
+    channels,
+    latent,
+    size,
+    kernel,
+    activation=None,
+    *,
+    multiplier=1,
+    stride=1,
+    padding=None,
+    dilation=1,
+    **options,
+):
+    rank = len(size)
+    if isinstance(kernel, int):
+        kernel = (kernel,) * rank
+    spread = (dilation,) * rank
+    pad = (
+        tuple(d * (k // 2) for d, k in zip(spread, kernel, strict=True))
+        if padding is None
+        else (padding,) * rank
+    )
+    return Case("depthwise", batch, channels, multiplier * channels, latent, size, activation, kernel=kernel,
+                stride=(stride,) * rank, padding=pad, dilation=spread, **options)  # fmt: skip
+
+
+CASES = [
+    # awkward sizes: latent 1, 3, 11; one and three channels; outputs of 1, 5, 49 pixels
+    _case(1, 1, 1, (1,), 3),
+    _case(2, 3, 1, (5,), 3, "relu", bias="shared"),
+    _case(3, 3, 4, (7, 7), 3, "silu", bias="sample", residual=True),
+    _case(1, 33, 3, (1, 1), 3, "relu6", bias="shared", residual=True),
+    _case(2, 20, 11, (5, 9), 5, "hardswish"),
+    _case(2, 7, 13, (3, 5, 4), 3, "relu", residual=True),
+    # the terms one by one
+    _case(2, 20, 4, (7, 7), 3, lam=False),
+    _case(2, 20, 4, (7, 7), 3, dynamic=False),
+    _case(2, 20, 4, (7, 7), 3, lam=False, dynamic=False, bias="sample"),
+    # geometry: stride, dilation, no and too much padding, even and uneven kernels, channel multiplier
+    _case(2, 17, 4, (9, 12), 3, "relu6", stride=2, bias="shared"),
+    _case(2, 17, 4, (9, 12), 3, dilation=2, residual=True),
+    _case(2, 17, 4, (8, 8), 3, padding=0),
+    _case(1, 9, 4, (6, 6), 3, padding=4),
+    _case(1, 9, 2, (6, 6), 2, padding=1, stride=3),
+    _case(2, 9, 3, (11, 6), (5, 1), "relu", bias="shared"),
+    _case(2, 9, 4, (7, 7), 3, "silu", multiplier=3, bias="sample", residual=True),
+    _case(2, 8, 3, (12,), 7, stride=2, dilation=2),
+    _case(1, 5, 8, (4, 6, 5), 3, stride=2, multiplier=2),
+    # sizes that reach full tiles
+    _case(2, 32, 4, (28, 28), 3, "relu6", bias="shared"),
+    _case(1, 48, 4, (33, 31), 3, stride=2),
+    _case(1, 40, 12, (14, 14), 5, "hardswish", bias="sample", residual=True),
+]
+WHOLE = _case(2, 13, 5, (5, 7), 3, bias="sample", residual=True)
+UNPADDED = _case(2, 13, 5, (5, 7), 3, padding=0)
+DOUBLE = _case(2, 9, 4, (7, 7), 3, stride=2, multiplier=2, bias="shared")
+TILED = _case(2, 32, 4, (28, 28), 3, bias="sample", residual=True)
+EACH_ACTIVATION = [
+    _case(2, 18, 4, (9, 6), 3, name, bias="shared") for name in (None, "relu", "relu6", "silu", "hardswish")
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES + EACH_ACTIVATION, ids=str)
+def test_values(case, layout, isa):
+    op_checks.values(case, torch.float32, layout, isa)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_float64(case, layout):
+    op_checks.values(case, torch.float64, layout, ISAS[0])
+
+
+@pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", CASES[1:6] + CASES[9:11] + CASES[15:16], ids=str)
+def test_values_half(case, dtype, layout, wide):
+    op_checks.values(case, dtype, layout, ISAS[-1], wide=wide)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", (1, 2, 3, 5, 7))
+@pytest.mark.parametrize("size", ((1, 1), (1, 17), (7, 8), (16, 15), (3, 33), (20, 49)))
+def test_values_of_every_geometry(size, kernel, layout, isa):
+    for stride, padding, dilation in itertools.product((1, 2, 3), (0, 1, 3), (1, 2)):
+        case = _case(
+            2, 11, 3, size, kernel, "relu", stride=stride, padding=padding, dilation=dilation, bias="shared"
+        )
+        if min(case.out_size) > 0:
+            op_checks.values(case, torch.float32, layout, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_mixed_layouts_of_input_and_residual(isa):
+    for own, other in (("contiguous", "channels_last"), ("channels_last", "sliced")):
+        tensors = operands(TILED, layout=own)
+        expected = call(TILED, tensors)
+        tensors[-1] = operands(TILED, layout=other)[-1]
+        assert torch.equal(call(TILED, tensors), expected)
+
+
+@pytest.mark.parametrize("count", (1, 2))
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_same_inputs_same_bits(layout, isa, count):
+    for case in (TILED, DOUBLE):
+        op_checks.same_bits(case, layout, isa, count)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_nan_and_infinity(layout, isa):
+    op_checks.propagation_through_residual(TILED, layout, isa)
+    for case in (WHOLE, TILED, DOUBLE):
+        op_checks.infinity_is_not_lost(case, layout, isa)
+        for place in (0, 2, 3, 5):
+            op_checks.nan_stays_in_its_pixels(case, layout, isa, place)
+    # One NaN tap: whether 0 * NaN of the padding counts differs between torch's own kernels.
+    for place in (1, 4):
+        op_checks.nan_stays_in_its_pixels(UNPADDED, layout, isa, place)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_denormals(layout, isa):
+    for case in (WHOLE, TILED, DOUBLE):
+        op_checks.denormals(case, layout, isa)
+
+
+def test_empty_batch():
+    tensors = operands(WHOLE)
+    for place in (0, 3, 5, 6, 7):
+        tensors[place] = tensors[place][:0]
+    assert call(WHOLE, tensors).shape == (0, 13, 5, 7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", (WHOLE, DOUBLE, CASES[7], CASES[16], CASES[17]), ids=str)
+def test_opcheck(case, layout):
+    op_checks.opcheck(case, torch.float32, layout)
+
+
+@pytest.mark.parametrize("wide", (False, True))
+def test_opcheck_half(wide):
+    op_checks.opcheck(WHOLE, torch.bfloat16, "channels_last", wide=wide)
+    op_checks.opcheck_backward(WHOLE, torch.bfloat16, "channels_last", 0b111111, wide=wide)
+
+
+@pytest.mark.parametrize("needs", (0b111111, 0b000001, 0b101010, 0))
+@pytest.mark.parametrize("case", (WHOLE, DOUBLE, CASES[7]), ids=str)
+def test_opcheck_backward(case, needs):
+    for layout in LAYOUTS[:2]:
+        op_checks.opcheck_backward(case, torch.float32, layout, needs)
+
+
+@pytest.mark.parametrize(
+    ("place", "shape", "named"),
+    (
+        (0, (2, 13), "input"),
+        (1, (12, 1, 3, 3), "weight"),
+        (1, (13, 3, 3), "weight"),
+        (2, (12, 5), "p"),
+        (3, (2, 5, 4), "phi"),
+        (3, (1, 5, 5), "phi"),
+        (4, (8, 5), "r"),
+        (5, (1, 13), "lam"),
+        (6, (3, 13), "bias"),
+        (7, (2, 13, 7, 5), "residual"),
+    ),
+)
+def test_wrong_shapes_name_the_argument(place, shape, named):
+    tensors = operands(WHOLE)
+    tensors[place] = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=rf"\b{named}\b"):
+        call(WHOLE, tensors)
+
+
+@pytest.mark.parametrize("missing", (2, 3, 4))
+def test_incomplete_residual(missing):
+    tensors = operands(WHOLE)
+    tensors[missing] = None
+    with pytest.raises(RuntimeError, match=r"\b(p|phi|r)\b"):
+        call(WHOLE, tensors)
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "named"),
+    (
+        ((0, 1), (1, 1), (1, 1), "stride"),
+        ((1,), (1, 1), (1, 1), "stride"),
+        ((1, 1), (-1, 1), (1, 1), "padding"),
+        ((1, 1), (1,), (1, 1), "padding"),
+        ((1, 1), (1, 1), (1, 0), "dilation"),
+        ((1, 1), (1, 1), (1, 1, 1), "dilation"),
+    ),
+)
+def test_wrong_geometry_names_the_argument(stride, padding, dilation, named):
+    tensors = operands(WHOLE)
+    with pytest.raises(RuntimeError, match=named):
+        torch.ops.dcd_kernels.depthwise(*tensors, stride, padding, dilation, 0)

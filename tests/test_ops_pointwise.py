@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled pointwise op: values, layouts, instruction sets, special values, the dispatcher's contract."""
+
+import op_checks
+import pytest
+import torch
+from operands import (
+    HALF,
+    ISAS,
+    LAYOUTS,
+    Case,
+    call,
+    operands,
+    poisoned_outputs,  # noqa: F401
+)
+
+CASES = [
+    # awkward sizes: latent channels 1, 3, 11; three input channels; 1, 5, 49 pixels; odd output channels
+    Case("pointwise", 1, 3, 1, 1, (1,)),
+    Case("pointwise", 2, 3, 7, 3, (5,), "relu", bias="shared"),
+    Case("pointwise", 3, 3, 20, 11, (7, 7), "silu", bias="sample", residual=True),
+    Case("pointwise", 1, 24, 33, 3, (1, 1), "relu6", bias="shared", residual=True),
+    Case("pointwise", 2, 17, 33, 11, (5, 1), "hardswish"),
+    Case("pointwise", 3, 40, 20, 1, (2, 5, 3), "relu", residual=True),
+    # the terms one by one
+    Case("pointwise", 2, 19, 20, 4, (7, 7), lam=False),
+    Case("pointwise", 2, 19, 20, 4, (7, 7), dynamic=False),
+    Case("pointwise", 2, 19, 20, 4, (7, 7), lam=False, dynamic=False, bias="sample"),
+    # blocks
+    Case("pointwise", 2, 12, 20, 3, (3, 5), "relu6", blocks=4, bias="shared"),
+    Case("pointwise", 3, 14, 14, 1, (49,), "silu", blocks=7, residual=True),
+    # sizes that reach full tiles, more than one block of channels, and each order of the products
+    Case("pointwise", 2, 96, 24, 4, (28, 28), "relu6", bias="shared"),
+    Case("pointwise", 1, 16, 96, 4, (31, 33), "relu", bias="sample", residual=True),
+    Case("pointwise", 3, 160, 130, 8, (7, 7), "silu", bias="shared", residual=True),
+    Case("pointwise", 1, 300, 64, 16, (14, 14), blocks=2),
+]
+BIG = Case("pointwise", 8, 576, 160, 16, (14, 14), "relu6", bias="shared", residual=True)
+TILED = Case("pointwise", 2, 96, 24, 4, (28, 28))
+WHOLE = Case("pointwise", 2, 13, 21, 5, (3, 7), bias="sample", residual=True)
+EACH_ACTIVATION = [
+    Case("pointwise", 2, 18, 35, 5, (9, 6), name, bias="shared")
+    for name in (None, "relu", "relu6", "silu", "hardswish")
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES + EACH_ACTIVATION, ids=str)
+def test_values(case, layout, isa):
+    op_checks.values(case, torch.float32, layout, isa)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_float64(case, layout):
+    op_checks.values(case, torch.float64, layout, ISAS[0])
+
+
+@pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", CASES[1:5] + CASES[9:12], ids=str)
+def test_values_half(case, dtype, layout, wide):
+    op_checks.values(case, dtype, layout, ISAS[-1], wide=wide)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixels", (1, 2, 7, 8, 15, 16, 17, 47, 48, 49, 50, 96, 97, 196, 400))
+@pytest.mark.parametrize("channels", ((1, 1), (3, 8), (8, 9), (16, 15), (31, 16), (33, 65), (130, 7)))
+def test_values_at_every_tile_edge(channels, pixels, layout, isa):
+    for latent in (1, 2, 4, 7, 8, 17):
+        case = Case("pointwise", 2, *channels, latent, (pixels,), "relu", bias="shared", residual=True)
+        op_checks.values(case, torch.float32, layout, isa)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_of_a_large_layer(layout, isa):
+    op_checks.values(BIG, torch.float32, layout, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_mixed_layouts_of_input_and_residual(isa):
+    case = CASES[13]
+    for own, other in (("contiguous", "channels_last"), ("channels_last", "sliced")):
+        tensors = operands(case, layout=own)
+        expected = call(case, tensors)
+        tensors[-1] = operands(case, layout=other)[-1]
+        assert torch.equal(call(case, tensors), expected)
+
+
+def test_expanded_operands():
+    tensors = operands(WHOLE)
+    tensors[5] = tensors[5][:1].expand(2, -1)
+    tensors[3] = tensors[3][:1].expand(2, -1, -1)
+    tensors[0] = tensors[0][:, :, :, :1].expand(-1, -1, -1, 7)
+    dense = [t.contiguous() for t in tensors]
+    assert torch.equal(call(WHOLE, tensors), call(WHOLE, dense))
+
+
+@pytest.mark.parametrize("count", (1, 2))
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_same_inputs_same_bits(layout, isa, count):
+    for case in (CASES[11], CASES[13]):
+        op_checks.same_bits(case, layout, isa, count)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_nan_and_infinity(layout, isa):
+    op_checks.propagation_through_residual(CASES[13], layout, isa)
+    for case in (WHOLE, TILED):
+        op_checks.infinity_is_not_lost(case, layout, isa)
+        for place in range(6):
+            op_checks.nan_stays_in_its_pixels(case, layout, isa, place)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_denormals(layout, isa):
+    for case in (WHOLE, CASES[11], CASES[13]):
+        op_checks.denormals(case, layout, isa)
+
+
+@pytest.mark.parametrize("shape", ((0, 13, 3, 7), (2, 13, 0, 7)))
+def test_empty(shape):
+    tensors = operands(WHOLE)
+    tensors[0] = torch.empty(shape)
+    for place in (3, 5, 6):
+        tensors[place] = tensors[place][: shape[0]]
+    tensors[7] = torch.empty(shape[0], 21, *shape[2:])
+    assert call(WHOLE, tensors).shape == (shape[0], 21, *shape[2:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", (CASES[2], CASES[7], CASES[9]), ids=str)
+def test_opcheck(case, layout):
+    op_checks.opcheck(case, torch.float32, layout)
+
+
+@pytest.mark.parametrize("wide", (False, True))
+def test_opcheck_half(wide):
+    op_checks.opcheck(WHOLE, torch.bfloat16, "channels_last", wide=wide)
+    op_checks.opcheck_backward(WHOLE, torch.bfloat16, "channels_last", 0b111111, wide=wide)
+
+
+@pytest.mark.parametrize("needs", (0b111111, 0b000001, 0b101010, 0))
+@pytest.mark.parametrize("case", (WHOLE, CASES[7], CASES[9]), ids=str)
+def test_opcheck_backward(case, needs):
+    for layout in LAYOUTS[:2]:
+        op_checks.opcheck_backward(case, torch.float32, layout, needs)
+
+
+@pytest.mark.parametrize(
+    ("place", "shape", "named"),
+    (
+        (0, (2, 13), "input"),
+        (1, (21, 12), "weight"),
+        (2, (20, 5), "p"),
+        (3, (2, 5, 4), "phi"),
+        (3, (1, 5, 5), "phi"),
+        (4, (12, 5), "q"),
+        (5, (1, 21), "lam"),
+        (6, (3, 21), "bias"),
+        (7, (2, 21, 7, 3), "residual"),
+    ),
+)
+def test_wrong_shapes_name_the_argument(place, shape, named):
+    tensors = operands(WHOLE)
+    tensors[place] = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=rf"\b{named}\b"):
+        call(WHOLE, tensors)
+
+
+@pytest.mark.parametrize("missing", (2, 3, 4))
+def test_incomplete_residual(missing):
+    tensors = operands(WHOLE)
+    tensors[missing] = None
+    with pytest.raises(RuntimeError, match=r"\b(p|phi|q)\b"):
+        call(WHOLE, tensors)
+
+
+def test_blocks_that_do_not_divide():
+    tensors = operands(WHOLE)
+    tensors[3] = torch.zeros(2, 2, 5, 5)
+    with pytest.raises(RuntimeError, match="block"):
+        call(WHOLE, tensors)
+
+
+def test_unknown_instruction_set():
+    before = torch.ops.dcd_kernels.cpu_isa()
+    with pytest.raises(RuntimeError, match="isa"):
+        torch.ops.dcd_kernels.set_cpu_isa("sse9")
+    assert torch.ops.dcd_kernels.cpu_isa() == before
