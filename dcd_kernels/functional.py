@@ -167,7 +167,7 @@ def dcd_linear(
     """
     checks.linear("dcd_linear", input, weight, p, phi, q, lam, bias, residual, activation)
     # Nothing to do for no rows, and torch's product knows how to do nothing.
-    if input.numel() == 0 or selection.select("pointwise", input, weight, p, phi, q, lam) == "reference":
+    if input.numel() == 0 or selection.select("linear", input, weight, p, phi, q, lam) == "reference":
         return reference.linear(input, weight, p, phi, q, lam, bias, residual, activation)
     if input.dim() == 2:
         pixels = input.unsqueeze(2)
@@ -230,15 +230,9 @@ def _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activa
         if selection.select("pointwise", input, weight, p, phi, q, lam) != "reference":
             code = _CODES[activation]
             return ops.pointwise(input, weight.flatten(1), p, phi, q, lam, bias, residual, code)
-    elif _select(plan.form, input, weight, p, phi, q, r, lam) != "reference":
+    elif selection.select(plan.form, input, weight, p, phi, r if q is None else q, lam) != "reference":
         return _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, _CODES[activation])
     return reference.conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
-
-
-def _select(form, input, weight, p, phi, q, r, lam) -> str:
-    if form == "depthwise":
-        return selection.select(form, input, weight, p, phi, r, lam)
-    return selection.select("apply" if form == "centre" else form, input, weight, p, phi, q, lam)
 
 
 def _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, code) -> Tensor:

@@ -21,12 +21,16 @@ def poison():
     """Fresh memory is NaN: whatever a kernel forgets to write is seen.
 
     Torch fills uninitialised memory (with NaN, the largest value for integers) only while deterministic
-    algorithms are asked for, which these tests may as well be.
+    algorithms are asked for, which these tests may as well be; the compiled operators have their own switch.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if extension.LOADED:
+        torch.ops.dcd_kernels.poison(True)
     yield
+    if extension.LOADED:
+        torch.ops.dcd_kernels.poison(False)
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 

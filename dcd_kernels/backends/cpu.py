@@ -9,8 +9,20 @@ from torch import Tensor
 from .. import extension
 
 NAME = "cpu"
-KERNEL = "compiled kernels for this CPU"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NOTES = {
+    torch.float64: "the portable baseline kernel",
+    torch.bfloat16: "computed in float32 and rounded back",
+    torch.float16: "computed in float32 and rounded back",
+}
+_KERNELS = {
+    "pointwise": "fused pointwise kernel",
+    "linear": "fused pointwise kernel",
+    "depthwise": "fused depthwise kernel",
+    "centre": "torch's convolution for the static part, then the fused apply kernel",
+    "joint": "fused kernels for Qᵀx and for the sum, torch's convolutions with W0 and R",
+    "apply": "fused apply kernel",
+}
 
 
 def can_run(
@@ -24,8 +36,8 @@ def can_run(
 ) -> tuple[bool, str]:
     """Whether the compiled kernels take a checked call, and why not.
 
-    ``op`` is 'pointwise', 'apply', 'depthwise' or 'joint'; ``weight`` is apply's static output, ``q`` is
-    depthwise's r. All operands share one device by then, and all but lam, phi and bias one dtype.
+    ``op`` is one of :data:`selection.OPS`; ``weight`` is apply's static output, ``q`` is depthwise's r. All
+    operands share one device by then, and all but lam, phi and bias one dtype.
     """
     if not extension.LOADED:
         return False, extension.REASON
@@ -34,3 +46,9 @@ def can_run(
     if input.dtype not in _DTYPES:
         return False, f"{input.dtype} is not one of float32, float64, bfloat16, float16"
     return True, "CPU tensors of a supported dtype"
+
+
+def kernel(op: str, dtype: torch.dtype) -> str:
+    """What runs a call, in words."""
+    isa = "baseline" if dtype == torch.float64 else torch.ops.dcd_kernels.cpu_isa()
+    return f"{_KERNELS[op]} ({isa})"

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 NAME = "reference"
-KERNEL = "plain PyTorch, factored"
+NOTES: dict[torch.dtype, str] = {}  # what a dtype's user should know
 
 
 def can_run(
@@ -20,3 +21,8 @@ def can_run(
 ) -> tuple[bool, str]:
     """Always: a call that passed the checks is one that PyTorch can run."""
     return True, "plain PyTorch runs every form, dtype and device"
+
+
+def kernel(op: str, dtype: torch.dtype) -> str:
+    """What runs a call, in words."""
+    return "plain PyTorch, factored"

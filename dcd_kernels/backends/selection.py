@@ -13,10 +13,12 @@ import os
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from . import cpu, reference
 
+OPS = ("pointwise", "linear", "depthwise", "centre", "joint", "apply")
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "DCD_KERNELS_BACKEND"
 _BUILT = {cpu.NAME: cpu, reference.NAME: reference}
@@ -76,7 +78,7 @@ def select(
     q: Tensor | None = None,
     lam: Tensor | None = None,
 ) -> str:
-    """Name of the backend for a checked call of ``op`` ('pointwise', 'apply', 'depthwise', 'joint').
+    """Name of the backend for a checked call of ``op``, one of ``OPS``.
 
     Raises:
         RuntimeError: a backend was chosen by name and cannot run this call.
@@ -99,3 +101,18 @@ def ask(name: str, op: str, *tensors: Tensor | None) -> tuple[bool, str]:
     """``can_run`` of the backend called ``name``, also for those that this version does not build."""
     backend = _BUILT.get(name)
     return (False, _ABSENT) if backend is None else backend.can_run(op, *tensors)
+
+
+def preferences() -> list[str]:
+    """The backends that 'auto' tries, best first."""
+    return [backend.NAME for backend in _AUTO]
+
+
+def kernel(name: str, op: str, dtype: torch.dtype) -> str:
+    """What the backend called ``name`` would run for ``op``, in words; it must be one that can."""
+    return _BUILT[name].kernel(op, dtype)
+
+
+def notes(name: str, dtype: torch.dtype) -> str:
+    """What a user of ``dtype`` should know about the backend called ``name``; empty for nothing."""
+    return _BUILT[name].NOTES.get(dtype, "")
