@@ -15,6 +15,7 @@ from dcd_kernels.nn.latent import squeeze_channels as default_squeeze_channels
 
 
 def _hardsigmoid2(logits: Tensor) -> Tensor:
+    # Not 2·F.hardsigmoid, nor F.hardswish below: torch has no second derivative of these.
     return F.relu6(logits + 3) / 3
 
 
@@ -22,7 +23,7 @@ def _hardsigmoid2(logits: Tensor) -> Tensor:
 LAM_ACTIVATIONS: dict[str | None, tuple[Callable[[Tensor], Tensor], bool]] = {
     "hardsigmoid2": (_hardsigmoid2, True),
     "sigmoid2": (lambda logits: 2 * torch.sigmoid(logits), True),
-    "hardsigmoid": (F.hardsigmoid, False),
+    "hardsigmoid": (lambda logits: F.relu6(logits + 3) / 6, False),
     "sigmoid": (torch.sigmoid, False),
     None: (lambda logits: 1 + logits, True),
 }
@@ -31,7 +32,7 @@ GATES: dict[str | None, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
-    "hardswish": F.hardswish,
+    "hardswish": lambda hidden: hidden * F.relu6(hidden + 3) / 6,
     None: lambda hidden: hidden,
 }
 

@@ -69,6 +69,18 @@ def test_formula(gate, lam_activation):
     assert lam.min() < 0.8 < 0.95 < lam.max(), "the test saw no range of λ"
 
 
+@pytest.mark.parametrize("gate", GATE)
+@pytest.mark.parametrize("lam_activation", LAM)
+def test_second_derivatives(gate, lam_activation):
+    torch.manual_seed(0)
+    branch = strong(
+        DynamicBranch(3, 2, (2, 2), gate=gate, lam_activation=lam_activation, dtype=torch.float64)
+    )
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(branch, x)
+    assert torch.autograd.gradgradcheck(lambda x: [c.square() for c in branch(x)], x)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(7, 7), (8, 6), (1, 5)])
