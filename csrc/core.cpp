@@ -12,58 +12,63 @@ namespace {
 
 // Which instruction sets were built, and which of them this CPU can run.
 py::dict cpu_features() {
-  py::dict features;
+    py::dict features;
 #define DCD_ROW(name, usable) features[#name] = dcd::supports_instruction_set(#name);
-  DCD_INSTRUCTION_SETS(DCD_ROW)
+    DCD_INSTRUCTION_SETS(DCD_ROW)
 #undef DCD_ROW
-  return features;
+    return features;
 }
 
 py::dict build_info() {
-  py::dict info;
-  info["version"] = DCD_VERSION;
-  info["compiler"] = DCD_COMPILER;
-  info["cpu_kernels"] = py::str(DCD_BUILT).attr("split")();
-  info["cuda"] = false;
-  info["sanitizers"] = DCD_SANITIZE;
-  return info;
+    py::dict info;
+    info["version"] = DCD_VERSION;
+    info["compiler"] = DCD_COMPILER;
+    info["cpu_kernels"] = py::str(DCD_BUILT).attr("split")();
+    info["cuda"] = false;
+    info["sanitizers"] = DCD_SANITIZE;
+    return info;
 }
 
 using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
-// y = diag(lam) W0 x + P Phi Q^T x for x [N, Ci, P] on the baseline kernel in double precision, on one thread:
-// the kernel itself, without torch around it.
+// y = diag(lam) W0 x + P Phi Q^T x for x [N, Ci, P] on the baseline kernel in double precision, on one
+// thread: the kernel itself, without torch around it.
 Array pointwise(const Array& input, const Array& weight, const Array& p, const Array& phi, const Array& q,
                 const Array& lam) {
-  const auto need = [](bool ok, const char* what) {
-    if (!ok) throw py::value_error(what);
-  };
-  need(input.ndim() == 3, "input must have shape (N, in_channels, pixels)");
-  need(weight.ndim() == 2 && weight.shape(1) == input.shape(1), "weight must have shape (out_channels, in_channels)");
-  const auto n = input.shape(0), ci = input.shape(1), pixels = input.shape(2), co = weight.shape(0);
-  need(p.ndim() == 2 && p.shape(0) == co, "p must have shape (out_channels, latent_channels)");
-  const auto l = p.shape(1);
-  need(q.ndim() == 2 && q.shape(0) == ci && q.shape(1) == l, "q must have shape (in_channels, latent_channels)");
-  need(phi.ndim() == 3 && phi.shape(0) == n && phi.shape(1) == l && phi.shape(2) == l,
-       "phi must have shape (N, latent_channels, latent_channels)");
-  need(lam.ndim() == 2 && lam.shape(0) == n && lam.shape(1) == co, "lam must have shape (N, out_channels)");
-  Array output({n, co, pixels});
-  dcd::PointwiseParams<double> s{};
-  s.batch = n, s.in_channels = ci, s.out_channels = co, s.pixels = pixels, s.latent = l, s.blocks = 1;
-  s.input = {input.data(), ci * pixels, pixels, 1};
-  s.weight = weight.data(), s.p = p.data(), s.phi = phi.data(), s.q = q.data(), s.lam = lam.data();
-  s.output = {output.mutable_data(), co * pixels, pixels, 1};
-  if (output.size()) dcd::kernels<double>().pointwise(s, dcd::Runtime{nullptr, 1});
-  return output;
+    const auto need = [](bool ok, const char* what) {
+        if (!ok) throw py::value_error(what);
+    };
+    need(input.ndim() == 3, "input must have shape (N, in_channels, pixels)");
+    need(weight.ndim() == 2 && weight.shape(1) == input.shape(1),
+         "weight must have shape (out_channels, in_channels)");
+    const auto n = input.shape(0), ci = input.shape(1), pixels = input.shape(2), co = weight.shape(0);
+    need(p.ndim() == 2 && p.shape(0) == co, "p must have shape (out_channels, latent_channels)");
+    const auto l = p.shape(1);
+    need(q.ndim() == 2 && q.shape(0) == ci && q.shape(1) == l,
+         "q must have shape (in_channels, latent_channels)");
+    need(phi.ndim() == 3 && phi.shape(0) == n && phi.shape(1) == l && phi.shape(2) == l,
+         "phi must have shape (N, latent_channels, latent_channels)");
+    need(lam.ndim() == 2 && lam.shape(0) == n && lam.shape(1) == co, "lam must have shape (N, out_channels)");
+    Array output({n, co, pixels});
+    dcd::PointwiseParams<double> s{};
+    s.batch = n, s.in_channels = ci, s.out_channels = co, s.pixels = pixels, s.latent = l, s.blocks = 1;
+    s.input = {input.data(), ci * pixels, pixels, 1};
+    s.weight = weight.data(), s.p = p.data(), s.phi = phi.data(), s.q = q.data(), s.lam = lam.data();
+    s.output = {output.mutable_data(), co * pixels, pixels, 1};
+    if (output.size()) dcd::kernels<double>().pointwise(s, dcd::Runtime{nullptr, 1});
+    return output;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "CPU features, build information and kernels on NumPy arrays; does not need torch.";
-  m.def("cpu_features", &cpu_features, "Instruction sets built, and whether this CPU supports each.");
-  m.def("build_info", &build_info, "Version, compiler and what was built.");
-  m.def("instruction_set", [] { return std::string(dcd::instruction_set()); }, "The one chosen for this CPU.");
-  m.def("pointwise", &pointwise, py::arg("input"), py::arg("weight"), py::arg("p"), py::arg("phi"), py::arg("q"),
-        py::arg("lam"), "The float64 pointwise kernel on NumPy arrays (N, in_channels, pixels), one thread.");
+    m.doc() = "CPU features, build information and kernels on NumPy arrays; does not need torch.";
+    m.def("cpu_features", &cpu_features, "Instruction sets built, and whether this CPU supports each.");
+    m.def("build_info", &build_info, "Version, compiler and what was built.");
+    m.def(
+        "instruction_set", [] { return std::string(dcd::instruction_set()); },
+        "The one chosen for this CPU.");
+    m.def("pointwise", &pointwise, py::arg("input"), py::arg("weight"), py::arg("p"), py::arg("phi"),
+          py::arg("q"), py::arg("lam"),
+          "The float64 pointwise kernel on NumPy arrays (N, in_channels, pixels), one thread.");
 }

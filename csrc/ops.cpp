@@ -6,31 +6,37 @@
 namespace dcd {
 namespace {
 
-std::string cpu_isa() { return instruction_set(); }
-
-void set_cpu_isa(const std::string& isa) {
-  STD_TORCH_CHECK(set_instruction_set(isa.c_str()), "isa must be one that this CPU and this build support, got '", isa,
-                  "'");
+std::string cpu_isa() {
+    return instruction_set();
 }
 
-bool has_cpu_isa(const std::string& isa) { return supports_instruction_set(isa.c_str()); }
+void set_cpu_isa(const std::string& isa) {
+    STD_TORCH_CHECK(set_instruction_set(isa.c_str()),
+                    "isa must be one that this CPU and this build support, got '", isa, "'");
+}
 
-void poison(bool on) { poison_outputs(on); }
+bool has_cpu_isa(const std::string& isa) {
+    return supports_instruction_set(isa.c_str());
+}
+
+void poison(bool on) {
+    poison_outputs(on);
+}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dcd_kernels, m) {
-  m.def("cpu_isa() -> str");
-  m.def("set_cpu_isa(str isa) -> ()");
-  m.def("has_cpu_isa(str isa) -> bool");
-  m.def("poison(bool on) -> ()");
+    m.def("cpu_isa() -> str");
+    m.def("set_cpu_isa(str isa) -> ()");
+    m.def("has_cpu_isa(str isa) -> bool");
+    m.def("poison(bool on) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcd_kernels, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-  m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
-  m.impl("has_cpu_isa", TORCH_BOX(&has_cpu_isa));
-  m.impl("poison", TORCH_BOX(&poison));
+    m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+    m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+    m.impl("has_cpu_isa", TORCH_BOX(&has_cpu_isa));
+    m.impl("poison", TORCH_BOX(&poison));
 }
 
 }  // namespace dcd

@@ -4,18 +4,19 @@
 namespace dcd {
 namespace {
 
-LatentShape check_apply(const Tensor& fixed, const Tensor& input, const OptionalTensor& p, const OptionalTensor& phi,
-                        const OptionalTensor& q, const OptionalTensor& lam) {
-  STD_TORCH_CHECK(fixed.dim() >= 3, "static must have a batch, a channel and at least one spatial dimension");
-  check_cpu({{"static", fixed}, {"input", input}, {"p", p}, {"phi", phi}, {"q", q}, {"lam", lam}});
-  if (p) {
-    std::vector<int64_t> sizes = sizes_of(fixed);
-    STD_TORCH_CHECK(input.dim() == fixed.dim(), "input must have as many dimensions as static");
-    sizes[1] = input.size(1);
-    STD_TORCH_CHECK(sizes_of(input) == sizes, "input must have the batch and the spatial size of static");
-  }
-  check_lam(lam, fixed.size(0), fixed.size(1));
-  return check_latent(p, phi, q, fixed.size(0), input.size(1), fixed.size(1), true);
+LatentShape check_apply(const Tensor& fixed, const Tensor& input, const OptionalTensor& p,
+                        const OptionalTensor& phi, const OptionalTensor& q, const OptionalTensor& lam) {
+    STD_TORCH_CHECK(fixed.dim() >= 3,
+                    "static must have a batch, a channel and at least one spatial dimension");
+    check_cpu({{"static", fixed}, {"input", input}, {"p", p}, {"phi", phi}, {"q", q}, {"lam", lam}});
+    if (p) {
+        std::vector<int64_t> sizes = sizes_of(fixed);
+        STD_TORCH_CHECK(input.dim() == fixed.dim(), "input must have as many dimensions as static");
+        sizes[1] = input.size(1);
+        STD_TORCH_CHECK(sizes_of(input) == sizes, "input must have the batch and the spatial size of static");
+    }
+    check_lam(lam, fixed.size(0), fixed.size(1));
+    return check_latent(p, phi, q, fixed.size(0), input.size(1), fixed.size(1), true);
 }
 
 // y = act(lam r + P Phi_n Q^T x + bias + residual)
@@ -28,38 +29,39 @@ Tensor apply(const Tensor& fixed,             // [N, Co, *spatial], the static o
              const OptionalTensor& bias,      // [Co] or [N, Co]
              const OptionalTensor& residual,  // [N, Co, *spatial]
              int64_t activation) {
-  const LatentShape shape = check_apply(fixed, input, p, phi, q, lam);
-  check_cpu({{"bias", bias}, {"residual", residual}});
-  const int64_t out_channels = fixed.size(1);
-  check_bias(bias, fixed.size(0), out_channels);
-  if (residual)
-    STD_TORCH_CHECK(sizes_of(*residual) == sizes_of(fixed), "residual must have the shape of static");
+    const LatentShape shape = check_apply(fixed, input, p, phi, q, lam);
+    check_cpu({{"bias", bias}, {"residual", residual}});
+    const int64_t out_channels = fixed.size(1);
+    check_bias(bias, fixed.size(0), out_channels);
+    if (residual)
+        STD_TORCH_CHECK(sizes_of(*residual) == sizes_of(fixed), "residual must have the shape of static");
 
-  const ScalarType type = compute_type(fixed);
-  const bool channels_last = is_channels_last(fixed);
-  const Tensor output = empty_map(sizes_of(fixed), channels_last, type);
-  if (output.numel() == 0) return in_type(output, fixed.scalar_type());
-  const Tensor r = as_map(fixed, channels_last, type);
-  const Tensor x = shape.latent ? as_map(input, channels_last, type) : r;
-  const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type), lam_ = dense(lam, type);
-  const OptionalTensor bias_ = dense(bias, type);
-  const OptionalTensor residual_ =
-      residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
-  with_type(type, [&](auto zero) {
-    using T = decltype(zero);
-    ApplyParams<T> s{};
-    s.batch = fixed.size(0), s.in_channels = input.size(1), s.out_channels = out_channels;
-    s.pixels = pixels_of(fixed);
-    s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
-    s.fixed = const_map<T>(r), s.input = const_map<T>(x);
-    s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
-    s.bias = pointer<T>(bias_), s.bias_sample = bias && bias->dim() == 2 ? out_channels : 0;
-    if (residual_) s.residual = const_map<T>(*residual_);
-    s.output = mutable_map<T>(output);
-    s.activation = static_cast<int>(activation);
-    kernels<T>().apply(s, torch_runtime());
-  });
-  return in_type(output, fixed.scalar_type());
+    const ScalarType type = compute_type(fixed);
+    const bool channels_last = is_channels_last(fixed);
+    const Tensor output = empty_map(sizes_of(fixed), channels_last, type);
+    if (output.numel() == 0) return in_type(output, fixed.scalar_type());
+    const Tensor r = as_map(fixed, channels_last, type);
+    const Tensor x = shape.latent ? as_map(input, channels_last, type) : r;
+    const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type),
+                         lam_ = dense(lam, type);
+    const OptionalTensor bias_ = dense(bias, type);
+    const OptionalTensor residual_ =
+        residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
+    with_type(type, [&](auto zero) {
+        using T = decltype(zero);
+        ApplyParams<T> s{};
+        s.batch = fixed.size(0), s.in_channels = input.size(1), s.out_channels = out_channels;
+        s.pixels = pixels_of(fixed);
+        s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
+        s.fixed = const_map<T>(r), s.input = const_map<T>(x);
+        s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
+        s.bias = pointer<T>(bias_), s.bias_sample = bias && bias->dim() == 2 ? out_channels : 0;
+        if (residual_) s.residual = const_map<T>(*residual_);
+        s.output = mutable_map<T>(output);
+        s.activation = static_cast<int>(activation);
+        kernels<T>().apply(s, torch_runtime());
+    });
+    return in_type(output, fixed.scalar_type());
 }
 
 // Given G = dy behind the activation; bit i of `needs` asks for return i.
@@ -71,64 +73,68 @@ SixTensors apply_backward(const Tensor& grad,         // [N, Co, *spatial]
                           const OptionalTensor& q,    // [Ci, L] or null
                           const OptionalTensor& lam,  // [N, Co]
                           int64_t needs) {
-  const LatentShape shape = check_apply(fixed, input, p, phi, q, lam);
-  check_cpu({{"grad", grad}});
-  STD_TORCH_CHECK(sizes_of(grad) == sizes_of(fixed), "grad must have the shape of static");
+    const LatentShape shape = check_apply(fixed, input, p, phi, q, lam);
+    check_cpu({{"grad", grad}});
+    STD_TORCH_CHECK(sizes_of(grad) == sizes_of(fixed), "grad must have the shape of static");
 
-  const ScalarType type = compute_type(fixed);
-  const bool channels_last = is_channels_last(fixed), input_channels_last = is_channels_last(input);
-  const Gradients wanted{needs, type, grad.numel() == 0};
-  const Tensor d_fixed = wanted.map(0, fixed, channels_last);
-  // The kernel writes d_input in static's layout; the caller gets it in input's.
-  const bool relayout = channels_last != input_channels_last;
-  const Tensor d_input = wanted.map(1, input, channels_last);
-  const Tensor d_p = wanted.dense(2, p), d_phi = wanted.dense(3, phi), d_q = wanted.dense(4, q);
-  const Tensor d_lam = wanted.dense(5, lam);
-  if (!wanted.all_zero) {
-    const Tensor g = as_map(grad, channels_last, type), r = as_map(fixed, channels_last, type);
-    const Tensor x = shape.latent ? as_map(input, channels_last, type) : r;
-    const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type), lam_ = dense(lam, type);
-    with_type(type, [&](auto zero) {
-      using T = decltype(zero);
-      ApplyGradParams<T> s{};
-      s.batch = fixed.size(0), s.in_channels = input.size(1), s.out_channels = fixed.size(1);
-      s.pixels = pixels_of(fixed);
-      s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
-      s.grad = const_map<T>(g), s.fixed = const_map<T>(r), s.input = const_map<T>(x);
-      s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
-      if (d_fixed.numel()) s.d_fixed = mutable_map<T>(d_fixed);
-      if (d_input.numel() && shape.latent) s.d_input = mutable_map<T>(d_input);
-      s.d_p = target<T>(d_p), s.d_phi = target<T>(d_phi), s.d_q = target<T>(d_q), s.d_lam = target<T>(d_lam);
-      kernels<T>().apply_grad(s, torch_runtime());
-    });
-    if (d_input.numel() && !shape.latent) {
-      Tensor unread = d_input;
-      torch::stable::zero_(unread);
+    const ScalarType type = compute_type(fixed);
+    const bool channels_last = is_channels_last(fixed), input_channels_last = is_channels_last(input);
+    const Gradients wanted{needs, type, grad.numel() == 0};
+    const Tensor d_fixed = wanted.map(0, fixed, channels_last);
+    // The kernel writes d_input in static's layout; the caller gets it in input's.
+    const bool relayout = channels_last != input_channels_last;
+    const Tensor d_input = wanted.map(1, input, channels_last);
+    const Tensor d_p = wanted.dense(2, p), d_phi = wanted.dense(3, phi), d_q = wanted.dense(4, q);
+    const Tensor d_lam = wanted.dense(5, lam);
+    if (!wanted.all_zero) {
+        const Tensor g = as_map(grad, channels_last, type), r = as_map(fixed, channels_last, type);
+        const Tensor x = shape.latent ? as_map(input, channels_last, type) : r;
+        const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type),
+                             lam_ = dense(lam, type);
+        with_type(type, [&](auto zero) {
+            using T = decltype(zero);
+            ApplyGradParams<T> s{};
+            s.batch = fixed.size(0), s.in_channels = input.size(1), s.out_channels = fixed.size(1);
+            s.pixels = pixels_of(fixed);
+            s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
+            s.grad = const_map<T>(g), s.fixed = const_map<T>(r), s.input = const_map<T>(x);
+            s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
+            if (d_fixed.numel()) s.d_fixed = mutable_map<T>(d_fixed);
+            if (d_input.numel() && shape.latent) s.d_input = mutable_map<T>(d_input);
+            s.d_p = target<T>(d_p), s.d_phi = target<T>(d_phi), s.d_q = target<T>(d_q),
+            s.d_lam = target<T>(d_lam);
+            kernels<T>().apply_grad(s, torch_runtime());
+        });
+        if (d_input.numel() && !shape.latent) {
+            Tensor unread = d_input;
+            torch::stable::zero_(unread);
+        }
     }
-  }
-  Tensor d_input_out = d_input;
-  if (relayout && d_input.numel()) {
-    d_input_out = empty_map(sizes_of(input), input_channels_last, type);
-    torch::stable::copy_(d_input_out, d_input);
-  }
-  return {in_type_of(d_fixed, fixed), in_type_of(d_input_out, input), in_type_of(d_p, p),
-          in_type_of(d_phi, phi),     in_type_of(d_q, q),             in_type_of(d_lam, lam)};
+    Tensor d_input_out = d_input;
+    if (relayout && d_input.numel()) {
+        d_input_out = empty_map(sizes_of(input), input_channels_last, type);
+        torch::stable::copy_(d_input_out, d_input);
+    }
+    return {in_type_of(d_fixed, fixed), in_type_of(d_input_out, input),
+            in_type_of(d_p, p),         in_type_of(d_phi, phi),
+            in_type_of(d_q, q),         in_type_of(d_lam, lam)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dcd_kernels, m) {
-  m.def(
-      "apply(Tensor static, Tensor input, Tensor? p, Tensor? phi, Tensor? q, Tensor? lam, Tensor? bias, "
-      "Tensor? residual, int activation) -> Tensor");
-  m.def(
-      "apply_backward(Tensor grad, Tensor static, Tensor input, Tensor? p, Tensor? phi, Tensor? q, Tensor? lam, "
-      "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "apply(Tensor static, Tensor input, Tensor? p, Tensor? phi, Tensor? q, Tensor? lam, Tensor? bias, "
+        "Tensor? residual, int activation) -> Tensor");
+    m.def(
+        "apply_backward(Tensor grad, Tensor static, Tensor input, Tensor? p, Tensor? phi, Tensor? q, Tensor? "
+        "lam, "
+        "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcd_kernels, CPU, m) {
-  m.impl("apply", TORCH_BOX(&apply));
-  m.impl("apply_backward", TORCH_BOX(&apply_backward));
+    m.impl("apply", TORCH_BOX(&apply));
+    m.impl("apply_backward", TORCH_BOX(&apply_backward));
 }
 
 }  // namespace dcd

@@ -5,116 +5,136 @@ namespace dcd {
 namespace {
 
 // y = act(W_n x + bias + residual), W_n = diag(lam_n) W0 + P Phi_n Q^T
-Tensor pointwise(const Tensor& input,              // [N, Ci, *spatial]
-                 const Tensor& weight,             // [Co, Ci]
-                 const OptionalTensor& p,          // [Co, L]
-                 const OptionalTensor& phi,        // [N, L, L] or [N, B, L, L]
-                 const OptionalTensor& q,          // [Ci, L]
-                 const OptionalTensor& lam,        // [N, Co]
-                 const OptionalTensor& bias,       // [Co] or [N, Co]
-                 const OptionalTensor& residual,   // [N, Co, *spatial]
+Tensor pointwise(const Tensor& input,             // [N, Ci, *spatial]
+                 const Tensor& weight,            // [Co, Ci]
+                 const OptionalTensor& p,         // [Co, L]
+                 const OptionalTensor& phi,       // [N, L, L] or [N, B, L, L]
+                 const OptionalTensor& q,         // [Ci, L]
+                 const OptionalTensor& lam,       // [N, Co]
+                 const OptionalTensor& bias,      // [Co] or [N, Co]
+                 const OptionalTensor& residual,  // [N, Co, *spatial]
                  int64_t activation) {
-  STD_TORCH_CHECK(input.dim() >= 3, "input must have a batch, a channel and at least one spatial dimension");
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (out_channels, in_channels)");
-  const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
-  check_sizes(weight, "weight", {out_channels, in_channels});
-  const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-  check_cpu({{"input", input}, {"weight", weight}, {"p", p}, {"phi", phi}, {"q", q}, {"lam", lam}, {"bias", bias},
-             {"residual", residual}});
-  check_lam(lam, batch, out_channels);
-  check_bias(bias, batch, out_channels);
-  std::vector<int64_t> sizes = sizes_of(input);
-  sizes[1] = out_channels;
-  if (residual) STD_TORCH_CHECK(sizes_of(*residual) == sizes, "residual must have the shape of the output");
+    STD_TORCH_CHECK(input.dim() >= 3,
+                    "input must have a batch, a channel and at least one spatial dimension");
+    STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (out_channels, in_channels)");
+    const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
+    check_sizes(weight, "weight", {out_channels, in_channels});
+    const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
+    check_cpu({{"input", input},
+               {"weight", weight},
+               {"p", p},
+               {"phi", phi},
+               {"q", q},
+               {"lam", lam},
+               {"bias", bias},
+               {"residual", residual}});
+    check_lam(lam, batch, out_channels);
+    check_bias(bias, batch, out_channels);
+    std::vector<int64_t> sizes = sizes_of(input);
+    sizes[1] = out_channels;
+    if (residual) STD_TORCH_CHECK(sizes_of(*residual) == sizes, "residual must have the shape of the output");
 
-  const ScalarType type = compute_type(input);
-  const bool channels_last = is_channels_last(input);
-  const Tensor output = empty_map(sizes, channels_last, type);
-  if (output.numel() == 0) return in_type(output, input.scalar_type());
-  const Tensor x = as_map(input, channels_last, type);
-  const Tensor w = dense(weight, type);
-  const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type), lam_ = dense(lam, type);
-  const OptionalTensor bias_ = dense(bias, type);
-  const OptionalTensor residual_ =
-      residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
-  with_type(type, [&](auto zero) {
-    using T = decltype(zero);
-    PointwiseParams<T> s{};
-    s.batch = batch, s.in_channels = in_channels, s.out_channels = out_channels, s.pixels = pixels_of(input);
-    s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
-    s.input = const_map<T>(x);
-    s.weight = static_cast<const T*>(w.const_data_ptr());
-    s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
-    s.bias = pointer<T>(bias_), s.bias_sample = bias && bias->dim() == 2 ? out_channels : 0;
-    if (residual_) s.residual = const_map<T>(*residual_);
-    s.output = mutable_map<T>(output);
-    s.activation = static_cast<int>(activation);
-    kernels<T>().pointwise(s, torch_runtime());
-  });
-  return in_type(output, input.scalar_type());
+    const ScalarType type = compute_type(input);
+    const bool channels_last = is_channels_last(input);
+    const Tensor output = empty_map(sizes, channels_last, type);
+    if (output.numel() == 0) return in_type(output, input.scalar_type());
+    const Tensor x = as_map(input, channels_last, type);
+    const Tensor w = dense(weight, type);
+    const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type),
+                         lam_ = dense(lam, type);
+    const OptionalTensor bias_ = dense(bias, type);
+    const OptionalTensor residual_ =
+        residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
+    with_type(type, [&](auto zero) {
+        using T = decltype(zero);
+        PointwiseParams<T> s{};
+        s.batch = batch, s.in_channels = in_channels, s.out_channels = out_channels,
+        s.pixels = pixels_of(input);
+        s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
+        s.input = const_map<T>(x);
+        s.weight = static_cast<const T*>(w.const_data_ptr());
+        s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
+        s.bias = pointer<T>(bias_), s.bias_sample = bias && bias->dim() == 2 ? out_channels : 0;
+        if (residual_) s.residual = const_map<T>(*residual_);
+        s.output = mutable_map<T>(output);
+        s.activation = static_cast<int>(activation);
+        kernels<T>().pointwise(s, torch_runtime());
+    });
+    return in_type(output, input.scalar_type());
 }
 
 // Given G = dy behind the activation; bit i of `needs` asks for return i.
-SixTensors pointwise_backward(const Tensor& grad,          // [N, Co, *spatial]
-                              const Tensor& input,         // [N, Ci, *spatial]
-                              const Tensor& weight,        // [Co, Ci]
-                              const OptionalTensor& p,     // [Co, L]
-                              const OptionalTensor& phi,   // [N, L, L] or [N, B, L, L]
-                              const OptionalTensor& q,     // [Ci, L]
-                              const OptionalTensor& lam,   // [N, Co]
+SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
+                              const Tensor& input,        // [N, Ci, *spatial]
+                              const Tensor& weight,       // [Co, Ci]
+                              const OptionalTensor& p,    // [Co, L]
+                              const OptionalTensor& phi,  // [N, L, L] or [N, B, L, L]
+                              const OptionalTensor& q,    // [Ci, L]
+                              const OptionalTensor& lam,  // [N, Co]
                               int64_t needs) {
-  STD_TORCH_CHECK(input.dim() >= 3, "input must have a batch, a channel and at least one spatial dimension");
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (out_channels, in_channels)");
-  const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
-  check_sizes(weight, "weight", {out_channels, in_channels});
-  const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-  check_cpu({{"grad", grad}, {"input", input}, {"weight", weight}, {"p", p}, {"phi", phi}, {"q", q}, {"lam", lam}});
-  check_lam(lam, batch, out_channels);
-  std::vector<int64_t> sizes = sizes_of(input);
-  sizes[1] = out_channels;
-  STD_TORCH_CHECK(sizes_of(grad) == sizes, "grad must have the shape of the output");
+    STD_TORCH_CHECK(input.dim() >= 3,
+                    "input must have a batch, a channel and at least one spatial dimension");
+    STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (out_channels, in_channels)");
+    const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
+    check_sizes(weight, "weight", {out_channels, in_channels});
+    const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
+    check_cpu({{"grad", grad},
+               {"input", input},
+               {"weight", weight},
+               {"p", p},
+               {"phi", phi},
+               {"q", q},
+               {"lam", lam}});
+    check_lam(lam, batch, out_channels);
+    std::vector<int64_t> sizes = sizes_of(input);
+    sizes[1] = out_channels;
+    STD_TORCH_CHECK(sizes_of(grad) == sizes, "grad must have the shape of the output");
 
-  const ScalarType type = compute_type(input);
-  const bool channels_last = is_channels_last(input);
-  const Tensor g = as_map(grad, channels_last, type), x = as_map(input, channels_last, type);
-  const Tensor w = dense(weight, type);
-  const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type), lam_ = dense(lam, type);
-  const Gradients wanted{needs, type, grad.numel() == 0 || input.numel() == 0};
-  const Tensor d_input = wanted.map(0, input, channels_last);
-  const Tensor d_weight = wanted.dense(1, weight), d_p = wanted.dense(2, p), d_phi = wanted.dense(3, phi);
-  const Tensor d_q = wanted.dense(4, q), d_lam = wanted.dense(5, lam);
-  if (!wanted.all_zero)
-  with_type(type, [&](auto zero) {
-    using T = decltype(zero);
-    PointwiseGradParams<T> s{};
-    s.batch = batch, s.in_channels = in_channels, s.out_channels = out_channels, s.pixels = pixels_of(input);
-    s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
-    s.grad = const_map<T>(g), s.input = const_map<T>(x);
-    s.weight = static_cast<const T*>(w.const_data_ptr());
-    s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
-    if (d_input.numel()) s.d_input = mutable_map<T>(d_input);
-    s.d_weight = target<T>(d_weight), s.d_p = target<T>(d_p), s.d_phi = target<T>(d_phi);
-    s.d_q = target<T>(d_q), s.d_lam = target<T>(d_lam);
-    kernels<T>().pointwise_grad(s, torch_runtime());
-  });
-  return {in_type_of(d_input, input), in_type_of(d_weight, weight), in_type_of(d_p, p),
-          in_type_of(d_phi, phi),     in_type_of(d_q, q),           in_type_of(d_lam, lam)};
+    const ScalarType type = compute_type(input);
+    const bool channels_last = is_channels_last(input);
+    const Tensor g = as_map(grad, channels_last, type), x = as_map(input, channels_last, type);
+    const Tensor w = dense(weight, type);
+    const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type),
+                         lam_ = dense(lam, type);
+    const Gradients wanted{needs, type, grad.numel() == 0 || input.numel() == 0};
+    const Tensor d_input = wanted.map(0, input, channels_last);
+    const Tensor d_weight = wanted.dense(1, weight), d_p = wanted.dense(2, p), d_phi = wanted.dense(3, phi);
+    const Tensor d_q = wanted.dense(4, q), d_lam = wanted.dense(5, lam);
+    if (!wanted.all_zero)
+        with_type(type, [&](auto zero) {
+            using T = decltype(zero);
+            PointwiseGradParams<T> s{};
+            s.batch = batch, s.in_channels = in_channels, s.out_channels = out_channels,
+            s.pixels = pixels_of(input);
+            s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
+            s.grad = const_map<T>(g), s.input = const_map<T>(x);
+            s.weight = static_cast<const T*>(w.const_data_ptr());
+            s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
+            if (d_input.numel()) s.d_input = mutable_map<T>(d_input);
+            s.d_weight = target<T>(d_weight), s.d_p = target<T>(d_p), s.d_phi = target<T>(d_phi);
+            s.d_q = target<T>(d_q), s.d_lam = target<T>(d_lam);
+            kernels<T>().pointwise_grad(s, torch_runtime());
+        });
+    return {in_type_of(d_input, input), in_type_of(d_weight, weight), in_type_of(d_p, p),
+            in_type_of(d_phi, phi),     in_type_of(d_q, q),           in_type_of(d_lam, lam)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dcd_kernels, m) {
-  m.def(
-      "pointwise(Tensor input, Tensor weight, Tensor? p, Tensor? phi, Tensor? q, Tensor? lam, Tensor? bias, "
-      "Tensor? residual, int activation) -> Tensor");
-  m.def(
-      "pointwise_backward(Tensor grad, Tensor input, Tensor weight, Tensor? p, Tensor? phi, Tensor? q, Tensor? lam, "
-      "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "pointwise(Tensor input, Tensor weight, Tensor? p, Tensor? phi, Tensor? q, Tensor? lam, Tensor? "
+        "bias, "
+        "Tensor? residual, int activation) -> Tensor");
+    m.def(
+        "pointwise_backward(Tensor grad, Tensor input, Tensor weight, Tensor? p, Tensor? phi, Tensor? q, "
+        "Tensor? lam, "
+        "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcd_kernels, CPU, m) {
-  m.impl("pointwise", TORCH_BOX(&pointwise));
-  m.impl("pointwise_backward", TORCH_BOX(&pointwise_backward));
+    m.impl("pointwise", TORCH_BOX(&pointwise));
+    m.impl("pointwise_backward", TORCH_BOX(&pointwise_backward));
 }
 
 }  // namespace dcd

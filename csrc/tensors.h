@@ -44,31 +44,31 @@ Tensor empty_map(const std::vector<int64_t>& sizes, bool channels_last, ScalarTy
 Tensor empty_dense(const std::vector<int64_t>& sizes, ScalarType type);
 Tensor nothing(ScalarType type);  // what an op returns for a gradient that was not asked for
 
-// `tensor` itself if its spatial dimensions collapse into one in the given layout and its type is right, else a copy
-// that does.
+// `tensor` itself if its spatial dimensions collapse into one in the given layout and its type is right, else
+// a copy that does.
 Tensor as_map(const Tensor& tensor, bool channels_last, ScalarType type);
 
 // Strides of a tensor that as_map or empty_map returned.
 struct Strides {
-  int64_t sample, channel, pixel;
+    int64_t sample, channel, pixel;
 };
 Strides map_strides(const Tensor& tensor);
 
 template <class T>
 Map<const T> const_map(const Tensor& tensor) {
-  const Strides s = map_strides(tensor);
-  return {static_cast<const T*>(tensor.const_data_ptr()), s.sample, s.channel, s.pixel};
+    const Strides s = map_strides(tensor);
+    return {static_cast<const T*>(tensor.const_data_ptr()), s.sample, s.channel, s.pixel};
 }
 
 template <class T>
 Map<T> mutable_map(const Tensor& tensor) {
-  const Strides s = map_strides(tensor);
-  return {static_cast<T*>(tensor.mutable_data_ptr()), s.sample, s.channel, s.pixel};
+    const Strides s = map_strides(tensor);
+    return {static_cast<T*>(tensor.mutable_data_ptr()), s.sample, s.channel, s.pixel};
 }
 
 template <class T>
 const T* pointer(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+    return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
 // `tensor` in the type that the caller's tensors have.
@@ -86,32 +86,32 @@ void poison_outputs(bool on);
 // f(T{}) with T the type computed in.
 template <class F>
 void with_type(ScalarType type, const F& f) {
-  if (type == ScalarType::Double)
-    f(double{});
-  else
-    f(float{});
+    if (type == ScalarType::Double)
+        f(double{});
+    else
+        f(float{});
 }
 
 // Where a backward op puts its returns: bit i of `needs` asks for return i, which is else an empty tensor.
 struct Gradients {
-  int64_t needs;
-  ScalarType type;
-  bool all_zero;  // no pixel or no sample: every sum is empty
-  Tensor map(int i, const Tensor& like, bool channels_last) const;
-  Tensor dense(int i, const OptionalTensor& like) const;
+    int64_t needs;
+    ScalarType type;
+    bool all_zero;  // no pixel or no sample: every sum is empty
+    Tensor map(int i, const Tensor& like, bool channels_last) const;
+    Tensor dense(int i, const OptionalTensor& like) const;
 };
 
 template <class T>
 T* target(const Tensor& gradient) {
-  return gradient.numel() ? static_cast<T*>(gradient.mutable_data_ptr()) : nullptr;
+    return gradient.numel() ? static_cast<T*>(gradient.mutable_data_ptr()) : nullptr;
 }
 
 // What `p`, `phi` and `q` say together.
 struct LatentShape {
-  int64_t latent = 0, blocks = 1;
+    int64_t latent = 0, blocks = 1;
 };
-LatentShape check_latent(const OptionalTensor& p, const OptionalTensor& phi, const OptionalTensor& q, int64_t batch,
-                         int64_t in_channels, int64_t out_channels, bool q_optional = false);
+LatentShape check_latent(const OptionalTensor& p, const OptionalTensor& phi, const OptionalTensor& q,
+                         int64_t batch, int64_t in_channels, int64_t out_channels, bool q_optional = false);
 void check_lam(const OptionalTensor& lam, int64_t batch, int64_t out_channels);
 void check_bias(const OptionalTensor& bias, int64_t batch, int64_t out_channels);
 

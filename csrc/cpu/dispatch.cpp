@@ -1,4 +1,5 @@
-// Chooses the instruction set once, by cpuid; DCD_KERNELS_ISA or set_instruction_set() can ask for a lower one.
+// Chooses the instruction set once, by cpuid; DCD_KERNELS_ISA or set_instruction_set() can ask for a lower
+// one.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -10,63 +11,67 @@ namespace {
 
 [[maybe_unused]] bool avx2_usable() {
 #if defined(DCD_X86)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
-  return false;
+    return false;
 #endif
 }
 
 struct InstructionSet {
-  const char* name;
-  bool usable;
-  const Kernels<float>* kernels;
+    const char* name;
+    bool usable;
+    const Kernels<float>* kernels;
 };
 
 const InstructionSet* instruction_sets(int* count) {
 #define DCD_ROW(name, usable) {#name, usable, &name::kernels_float},
-  static const InstructionSet sets[] = {DCD_INSTRUCTION_SETS(DCD_ROW)};
+    static const InstructionSet sets[] = {DCD_INSTRUCTION_SETS(DCD_ROW)};
 #undef DCD_ROW
-  *count = static_cast<int>(sizeof(sets) / sizeof(sets[0]));
-  return sets;
+    *count = static_cast<int>(sizeof(sets) / sizeof(sets[0]));
+    return sets;
 }
 
 const InstructionSet* find(const char* name) {
-  int count;
-  const InstructionSet* sets = instruction_sets(&count);
-  for (int i = 0; i < count; ++i)
-    if (sets[i].usable && (!name || !std::strcmp(sets[i].name, name))) return &sets[i];
-  return nullptr;
+    int count;
+    const InstructionSet* sets = instruction_sets(&count);
+    for (int i = 0; i < count; ++i)
+        if (sets[i].usable && (!name || !std::strcmp(sets[i].name, name))) return &sets[i];
+    return nullptr;
 }
 
 std::atomic<const InstructionSet*>& current() {
-  static std::atomic<const InstructionSet*> set{[] {
-    const char* wanted = std::getenv("DCD_KERNELS_ISA");
-    const InstructionSet* found = wanted ? find(wanted) : nullptr;
-    return found ? found : find(nullptr);
-  }()};
-  return set;
+    static std::atomic<const InstructionSet*> set{[] {
+        const char* wanted = std::getenv("DCD_KERNELS_ISA");
+        const InstructionSet* found = wanted ? find(wanted) : nullptr;
+        return found ? found : find(nullptr);
+    }()};
+    return set;
 }
 
 }  // namespace
 
-const char* instruction_set() { return current().load()->name; }
+const char* instruction_set() {
+    return current().load()->name;
+}
 
-bool supports_instruction_set(const char* name) { return find(name) != nullptr; }
+bool supports_instruction_set(const char* name) {
+    return find(name) != nullptr;
+}
 
 bool set_instruction_set(const char* name) {
-  const InstructionSet* found = find(name);
-  if (found) current().store(found);
-  return found != nullptr;
+    const InstructionSet* found = find(name);
+    if (found) current().store(found);
+    return found != nullptr;
 }
 
 template <>
 const Kernels<float>& kernels<float>() {
-  return *current().load()->kernels;
+    return *current().load()->kernels;
 }
 
 template <>
 const Kernels<double>& kernels<double>() {
-  return baseline::kernels_double;
+    return baseline::kernels_double;
 }
 
 }  // namespace dcd

@@ -7,30 +7,32 @@ namespace dcd {
 
 template <class T>
 struct Kernels {
-  void (*pointwise)(const PointwiseParams<T>&, const Runtime&);
-  void (*pointwise_grad)(const PointwiseGradParams<T>&, const Runtime&);
-  void (*apply)(const ApplyParams<T>&, const Runtime&);
-  void (*apply_grad)(const ApplyGradParams<T>&, const Runtime&);
-  void (*depthwise)(const DepthwiseParams<T>&, const Runtime&);
-  void (*depthwise_grad)(const DepthwiseGradParams<T>&, const Runtime&);
+    void (*pointwise)(const PointwiseParams<T>&, const Runtime&);
+    void (*pointwise_grad)(const PointwiseGradParams<T>&, const Runtime&);
+    void (*apply)(const ApplyParams<T>&, const Runtime&);
+    void (*apply_grad)(const ApplyGradParams<T>&, const Runtime&);
+    void (*depthwise)(const DepthwiseParams<T>&, const Runtime&);
+    void (*depthwise_grad)(const DepthwiseGradParams<T>&, const Runtime&);
 };
 
-// One X-macro row an instruction set: name, what it asks of the machine. Best first. It declares the tables here
-// and drives the dispatcher, `info` and the tests; CMakeLists.txt compiles kernels_<name>.cpp with its flags.
+// One X-macro row an instruction set: name, what it asks of the machine. Best first. It declares the tables
+// here and drives the dispatcher, `info` and the tests; CMakeLists.txt compiles kernels_<name>.cpp with its
+// flags.
 #if defined(DCD_X86)
-#define DCD_INSTRUCTION_SETS(X)                                                                             \
-  X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&                      \
-                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && avx2_usable()) \
-  X(avx2, avx2_usable())                                                                                    \
-  X(baseline, true)
+#    define DCD_INSTRUCTION_SETS(X)                                                               \
+        X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&      \
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && \
+                      avx2_usable())                                                              \
+        X(avx2, avx2_usable())                                                                    \
+        X(baseline, true)
 #else
-#define DCD_INSTRUCTION_SETS(X) X(baseline, true)
+#    define DCD_INSTRUCTION_SETS(X) X(baseline, true)
 #endif
 
-#define DCD_DECLARE(name, usable)            \
-  namespace name {                           \
-  extern const Kernels<float> kernels_float; \
-  }
+#define DCD_DECLARE(name, usable)              \
+    namespace name {                           \
+    extern const Kernels<float> kernels_float; \
+    }
 DCD_INSTRUCTION_SETS(DCD_DECLARE)
 #undef DCD_DECLARE
 namespace baseline {
@@ -38,8 +40,8 @@ extern const Kernels<double> kernels_double;  // gradcheck's: the same algebra i
 }
 
 // dispatch.cpp
-const char* instruction_set();                 // the one in use
-bool set_instruction_set(const char* name);    // false: unknown here or not supported by this CPU
+const char* instruction_set();               // the one in use
+bool set_instruction_set(const char* name);  // false: unknown here or not supported by this CPU
 bool supports_instruction_set(const char* name);
 template <class T>
 const Kernels<T>& kernels();

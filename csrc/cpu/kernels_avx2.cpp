@@ -1,10 +1,9 @@
-// Compiled with the flags of its instruction set: see CMakeLists.txt. Only this file's namespace may be used here,
-// for an inline function shared with another file could be linked in this file's version.
+// Compiled with the flags of its instruction set: see CMakeLists.txt. Only this file's namespace may be used
+// here, for an inline function shared with another file could be linked in this file's version.
 #define DCD_ISA avx2
-#include "simd/avx2.h"
-
 #include "kernels.h"
 #include "kernels/all.h"
+#include "simd/avx2.h"
 
 namespace dcd::avx2 {
 const Kernels<float> kernels_float = all_kernels<Simd>();

@@ -1,10 +1,9 @@
-// Compiled with the flags of its instruction set: see CMakeLists.txt. Only this file's namespace may be used here,
-// for an inline function shared with another file could be linked in this file's version.
+// Compiled with the flags of its instruction set: see CMakeLists.txt. Only this file's namespace may be used
+// here, for an inline function shared with another file could be linked in this file's version.
 #define DCD_ISA avx512
-#include "simd/avx512.h"
-
 #include "kernels.h"
 #include "kernels/all.h"
+#include "simd/avx512.h"
 
 namespace dcd::avx512 {
 const Kernels<float> kernels_float = all_kernels<Simd>();

@@ -1,9 +1,8 @@
 // The portable kernels: what any target of the compiler can run, and the only ones in double precision.
 #define DCD_ISA baseline
-#include "simd/baseline.h"
-
 #include "kernels.h"
 #include "kernels/all.h"
+#include "simd/baseline.h"
 
 namespace dcd::baseline {
 const Kernels<float> kernels_float = all_kernels<Simd<float>>();

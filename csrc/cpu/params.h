@@ -9,133 +9,135 @@ enum Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2, kSilu = 3, kHardswish 
 
 // The threads that a kernel may use: torch's pool behind a function pointer, or the caller alone.
 struct Runtime {
-  using Body = void (*)(int64_t begin, int64_t end, void* context);
-  void (*parallel_for)(int64_t begin, int64_t end, Body body, void* context);
-  int64_t threads;
+    using Body = void (*)(int64_t begin, int64_t end, void* context);
+    void (*parallel_for)(int64_t begin, int64_t end, Body body, void* context);
+    int64_t threads;
 };
 
 // A tensor (N, C, pixels) whose spatial dimensions collapse into one.
 template <class T>
 struct Map {
-  T* data = nullptr;
-  int64_t sample = 0, channel = 0, pixel = 0;  // strides
+    T* data = nullptr;
+    int64_t sample = 0, channel = 0, pixel = 0;  // strides
 };
 
 // y = act(W_n x + bias + residual), W_n = diag(lam_n) W0 + P Phi_n Q^T   (paper Eq. 6; blocks: Eq. 7)
 template <class T>
 struct PointwiseParams {
-  int64_t batch, in_channels, out_channels, pixels;
-  bool channels_last;                    // the layout of every map below
-  int64_t latent, blocks;                // latent channels of one block; latent = 0: no dynamic residual
-  Map<const T> input;                    // [N, Ci, P]
-  const T* weight;                       // [Co, Ci]
-  const T* p;                            // [Co, L]
-  const T* phi;                          // [N, B, L, L]
-  const T* q;                            // [Ci, L]
-  const T* lam;                          // [N, Co] or null
-  const T* bias;                         // [Co] (bias_sample = 0), [N, Co] or null
-  int64_t bias_sample;
-  Map<const T> residual;                 // [N, Co, P] or null
-  Map<T> output;                         // [N, Co, P]
-  int activation;
+    int64_t batch, in_channels, out_channels, pixels;
+    bool channels_last;      // the layout of every map below
+    int64_t latent, blocks;  // latent channels of one block; latent = 0: no dynamic residual
+    Map<const T> input;      // [N, Ci, P]
+    const T* weight;         // [Co, Ci]
+    const T* p;              // [Co, L]
+    const T* phi;            // [N, B, L, L]
+    const T* q;              // [Ci, L]
+    const T* lam;            // [N, Co] or null
+    const T* bias;           // [Co] (bias_sample = 0), [N, Co] or null
+    int64_t bias_sample;
+    Map<const T> residual;  // [N, Co, P] or null
+    Map<T> output;          // [N, Co, P]
+    int activation;
 };
 
 // Gradients of the same, given G = dy behind the activation. A null pointer is a gradient nobody asked for.
 template <class T>
 struct PointwiseGradParams {
-  int64_t batch, in_channels, out_channels, pixels;
-  bool channels_last;                    // the layout of every map below
-  int64_t latent, blocks;
-  Map<const T> grad;                     // [N, Co, P]
-  Map<const T> input;                    // [N, Ci, P]
-  const T* weight;                       // [Co, Ci]
-  const T* p;                            // [Co, L]
-  const T* phi;                          // [N, B, L, L]
-  const T* q;                            // [Ci, L]
-  const T* lam;                          // [N, Co] or null
-  Map<T> d_input;                        // [N, Ci, P]
-  T* d_weight;                           // [Co, Ci]
-  T* d_p;                                // [Co, L]
-  T* d_phi;                              // [N, B, L, L]
-  T* d_q;                                // [Ci, L]
-  T* d_lam;                              // [N, Co]
+    int64_t batch, in_channels, out_channels, pixels;
+    bool channels_last;  // the layout of every map below
+    int64_t latent, blocks;
+    Map<const T> grad;   // [N, Co, P]
+    Map<const T> input;  // [N, Ci, P]
+    const T* weight;     // [Co, Ci]
+    const T* p;          // [Co, L]
+    const T* phi;        // [N, B, L, L]
+    const T* q;          // [Ci, L]
+    const T* lam;        // [N, Co] or null
+    Map<T> d_input;      // [N, Ci, P]
+    T* d_weight;         // [Co, Ci]
+    T* d_p;              // [Co, L]
+    T* d_phi;            // [N, B, L, L]
+    T* d_q;              // [Ci, L]
+    T* d_lam;            // [N, Co]
 };
 
-// y = act(lam r + P Phi Q^T x + bias + residual), r a static output of somebody else's. q null: x is the latent.
+// y = act(lam r + P Phi Q^T x + bias + residual), r a static output of somebody else's. q null: x is the
+// latent.
 template <class T>
 struct ApplyParams {
-  int64_t batch, in_channels, out_channels, pixels;
-  bool channels_last;                    // the layout of every map below
-  int64_t latent, blocks;
-  Map<const T> fixed;                    // [N, Co, P], the static output r
-  Map<const T> input;                    // [N, Ci, P]
-  const T* p;                            // [Co, L]
-  const T* phi;                          // [N, B, L, L]; q null: [N, L, Ci]
-  const T* q;                            // [Ci, L] or null
-  const T* lam;                          // [N, Co] or null
-  const T* bias;                         // [Co] (bias_sample = 0), [N, Co] or null
-  int64_t bias_sample;
-  Map<const T> residual;                 // [N, Co, P] or null
-  Map<T> output;                         // [N, Co, P]
-  int activation;
+    int64_t batch, in_channels, out_channels, pixels;
+    bool channels_last;  // the layout of every map below
+    int64_t latent, blocks;
+    Map<const T> fixed;  // [N, Co, P], the static output r
+    Map<const T> input;  // [N, Ci, P]
+    const T* p;          // [Co, L]
+    const T* phi;        // [N, B, L, L]; q null: [N, L, Ci]
+    const T* q;          // [Ci, L] or null
+    const T* lam;        // [N, Co] or null
+    const T* bias;       // [Co] (bias_sample = 0), [N, Co] or null
+    int64_t bias_sample;
+    Map<const T> residual;  // [N, Co, P] or null
+    Map<T> output;          // [N, Co, P]
+    int activation;
 };
 
 template <class T>
 struct ApplyGradParams {
-  int64_t batch, in_channels, out_channels, pixels;
-  bool channels_last;                    // the layout of every map below
-  int64_t latent, blocks;
-  Map<const T> grad;                     // [N, Co, P]
-  Map<const T> fixed;                    // [N, Co, P]
-  Map<const T> input;                    // [N, Ci, P]
-  const T* p;                            // [Co, L]
-  const T* phi;                          // [N, B, L, L]; q null: [N, L, Ci]
-  const T* q;                            // [Ci, L] or null
-  const T* lam;                          // [N, Co] or null
-  Map<T> d_fixed;                        // [N, Co, P]
-  Map<T> d_input;                        // [N, Ci, P]
-  T* d_p;                                // [Co, L]
-  T* d_phi;                              // like phi
-  T* d_q;                                // [Ci, L]
-  T* d_lam;                              // [N, Co]
+    int64_t batch, in_channels, out_channels, pixels;
+    bool channels_last;  // the layout of every map below
+    int64_t latent, blocks;
+    Map<const T> grad;   // [N, Co, P]
+    Map<const T> fixed;  // [N, Co, P]
+    Map<const T> input;  // [N, Ci, P]
+    const T* p;          // [Co, L]
+    const T* phi;        // [N, B, L, L]; q null: [N, L, Ci]
+    const T* q;          // [Ci, L] or null
+    const T* lam;        // [N, Co] or null
+    Map<T> d_fixed;      // [N, Co, P]
+    Map<T> d_input;      // [N, Ci, P]
+    T* d_p;              // [Co, L]
+    T* d_phi;            // like phi
+    T* d_q;              // [Ci, L]
+    T* d_lam;            // [N, Co]
 };
 
 // Depthwise convolution of rank 1 to 3 (missing dimensions have size 1), W_n = diag(lam_n) W0 + P Phi_n R^T
 // (paper Eq. 8), Co = multiplier * Ci.
 template <class T>
 struct DepthwiseParams {
-  int64_t batch, channels, multiplier;   // Ci; Co = channels * multiplier
-  int64_t in_size[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];  // depth, height, width
-  int64_t latent;                        // L_k; 0: no dynamic residual
-  const T* input;                        // [N, Ci, D, H, W]
-  int64_t input_sample, input_channel, input_spatial[3];
-  const T* weight;                       // [Co, taps]
-  const T* p;                            // [Co, L_k]
-  const T* phi;                          // [N, L_k, L_k]
-  const T* r;                            // [taps, L_k]
-  const T* lam;                          // [N, Co] or null
-  const T* bias;                         // [Co] (bias_sample = 0), [N, Co] or null
-  int64_t bias_sample;
-  const T* residual;                     // [N, Co, D', H', W'] or null
-  int64_t residual_sample, residual_channel, residual_spatial[3];
-  T* output;                             // [N, Co, D', H', W']
-  int64_t output_sample, output_channel, output_spatial[3];
-  int activation;
+    int64_t batch, channels, multiplier;  // Ci; Co = channels * multiplier
+    int64_t in_size[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];  // depth, height, width
+    int64_t latent;  // L_k; 0: no dynamic residual
+    const T* input;  // [N, Ci, D, H, W]
+    int64_t input_sample, input_channel, input_spatial[3];
+    const T* weight;  // [Co, taps]
+    const T* p;       // [Co, L_k]
+    const T* phi;     // [N, L_k, L_k]
+    const T* r;       // [taps, L_k]
+    const T* lam;     // [N, Co] or null
+    const T* bias;    // [Co] (bias_sample = 0), [N, Co] or null
+    int64_t bias_sample;
+    const T* residual;  // [N, Co, D', H', W'] or null
+    int64_t residual_sample, residual_channel, residual_spatial[3];
+    T* output;  // [N, Co, D', H', W']
+    int64_t output_sample, output_channel, output_spatial[3];
+    int activation;
 };
 
-// Gradients of the same, given G. The forward's fields keep their meaning; bias, residual, output, activation unused.
+// Gradients of the same, given G. The forward's fields keep their meaning; bias, residual, output, activation
+// unused.
 template <class T>
 struct DepthwiseGradParams {
-  DepthwiseParams<T> forward;
-  const T* grad;                         // [N, Co, D', H', W']
-  int64_t grad_sample, grad_channel, grad_spatial[3];
-  T* d_input;                            // [N, Ci, D, H, W]; every element is written
-  int64_t d_input_sample, d_input_channel, d_input_spatial[3];
-  T* d_weight;                           // [Co, taps]
-  T* d_p;                                // [Co, L_k]
-  T* d_phi;                              // [N, L_k, L_k]
-  T* d_r;                                // [taps, L_k]
-  T* d_lam;                              // [N, Co]
+    DepthwiseParams<T> forward;
+    const T* grad;  // [N, Co, D', H', W']
+    int64_t grad_sample, grad_channel, grad_spatial[3];
+    T* d_input;  // [N, Ci, D, H, W]; every element is written
+    int64_t d_input_sample, d_input_channel, d_input_spatial[3];
+    T* d_weight;  // [Co, taps]
+    T* d_p;       // [Co, L_k]
+    T* d_phi;     // [N, L_k, L_k]
+    T* d_r;       // [taps, L_k]
+    T* d_lam;     // [N, Co]
 };
 
 }  // namespace dcd

@@ -6,7 +6,7 @@
 #include <new>
 
 #if defined(DCD_X86)
-#include <xmmintrin.h>
+#    include <xmmintrin.h>
 #endif
 
 namespace dcd {
@@ -15,46 +15,53 @@ namespace {
 std::atomic<bool> poison{false};
 
 struct Arena {
-  void* data = nullptr;
-  int64_t size = 0;
-  ~Arena() { std::free(data); }
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Arena() { std::free(data); }
 };
 
 }  // namespace
 
 void* scratch(int64_t bytes, Scratch use) {
-  static thread_local Arena arenas[2];
-  Arena& arena = arenas[use == Scratch::kShared];
-  if (arena.size < bytes) {
-    std::free(arena.data);
-    arena.size = (bytes + 4095) / 4096 * 4096;
-    arena.data = std::aligned_alloc(4096, static_cast<size_t>(arena.size));
-    if (!arena.data) {
-      arena.size = 0;
-      throw std::bad_alloc();
+    static thread_local Arena arenas[2];
+    Arena& arena = arenas[use == Scratch::kShared];
+    if (arena.size < bytes) {
+        std::free(arena.data);
+        arena.size = (bytes + 4095) / 4096 * 4096;
+        arena.data = std::aligned_alloc(4096, static_cast<size_t>(arena.size));
+        if (!arena.data) {
+            arena.size = 0;
+            throw std::bad_alloc();
+        }
     }
-  }
-  if (poison) std::memset(arena.data, 0xff, static_cast<size_t>(bytes));  // all ones is a NaN in fp32 and fp64
-  return arena.data;
+    if (poison)
+        std::memset(arena.data, 0xff, static_cast<size_t>(bytes));  // all ones is a NaN in fp32 and fp64
+    return arena.data;
 }
 
 void* allocate_zeroed(int64_t bytes) {
-  const size_t size = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size);
-  if (!memory) throw std::bad_alloc();
-  return std::memset(memory, 0, size);
+    const size_t size = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    void* memory = std::aligned_alloc(64, size);
+    if (!memory) throw std::bad_alloc();
+    return std::memset(memory, 0, size);
 }
 
-void release(void* memory) { std::free(memory); }
+void release(void* memory) {
+    std::free(memory);
+}
 
-void poison_scratch(bool on) { poison = on; }
+void poison_scratch(bool on) {
+    poison = on;
+}
 
 #if defined(DCD_X86)
 FlushDenormals::FlushDenormals() : saved_(_mm_getcsr()) {
-  constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
-  _mm_setcsr(saved_ | kFlushToZero | kDenormalsAreZero);
+    constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
+    _mm_setcsr(saved_ | kFlushToZero | kDenormalsAreZero);
 }
-FlushDenormals::~FlushDenormals() { _mm_setcsr(saved_); }
+FlushDenormals::~FlushDenormals() {
+    _mm_setcsr(saved_);
+}
 #else
 FlushDenormals::FlushDenormals() : saved_(0) {}
 FlushDenormals::~FlushDenormals() {}

@@ -19,17 +19,17 @@ void release(void* memory);
 // From now on fresh scratch is full of NaN, so that a test sees a read of what nobody wrote.
 void poison_scratch(bool on);
 
-// Denormal operands cost up to 190 times the normal time on some CPUs. Within this scope they count as zero; the
-// caller's mode comes back at the end.
+// Denormal operands cost up to 190 times the normal time on some CPUs. Within this scope they count as zero;
+// the caller's mode comes back at the end.
 class FlushDenormals {
- public:
-  FlushDenormals();
-  ~FlushDenormals();
-  FlushDenormals(const FlushDenormals&) = delete;
-  FlushDenormals& operator=(const FlushDenormals&) = delete;
+  public:
+    FlushDenormals();
+    ~FlushDenormals();
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
 
- private:
-  unsigned saved_;
+  private:
+    unsigned saved_;
 };
 
 }  // namespace dcd

@@ -11,7 +11,7 @@ namespace dcd::DCD_ISA {
 
 template <class S>
 constexpr Kernels<typename S::Scalar> all_kernels() {
-  return {&pointwise<S>, &pointwise_grad<S>, &apply<S>, &apply_grad<S>, &depthwise<S>, &depthwise_grad<S>};
+    return {&pointwise<S>, &pointwise_grad<S>, &apply<S>, &apply_grad<S>, &depthwise<S>, &depthwise_grad<S>};
 }
 
 }  // namespace dcd::DCD_ISA

@@ -1,7 +1,7 @@
 // Gradients that pointwise and apply share, given G = dy behind the activation:
 //   d_x = W_n^T G                                                    (input_gradient)
 //   with T = Q^T x and H = P^T G, which are L numbers a pixel:
-//   d_Phi_n = H T^T,  d_P = sum_n G (Phi_n T)^T,  d_Q = sum_n x (Phi_n^T H)^T   (LatentGradients::from_pixels)
+//   d_Phi_n = H T^T,  d_P = sum_n G (Phi_n T)^T,  d_Q = sum_n x (Phi_n^T H)^T (LatentGradients::from_pixels)
 #pragma once
 
 #include "dot.h"
@@ -12,134 +12,139 @@ namespace dcd::DCD_ISA {
 template <class S, class Params>
 static void input_gradient(const Layer<typename S::Scalar>& layer, const Params& s, bool channels_last,
                            const Runtime& runtime) {
-  using T = typename S::Scalar;
-  const SampleProduct<S> product(layer, Direction::kBackward, channels_last, synthesis_pays(layer, s.pixels));
-  const int64_t parts = channel_parts(s.batch, runtime.threads, s.in_channels, Shape<S>::kLanes);
-  parallel(runtime, s.batch * parts, [&](int64_t task) {
-    const int64_t n = task / parts, part = task % parts;
-    const int64_t c0 = part * s.in_channels / parts, c1 = (part + 1) * s.in_channels / parts;
-    Block<T> block;
-    block.c = s.d_input.data + n * s.d_input.sample;
-    block.c_row = channels_last ? s.d_input.pixel : s.d_input.channel;
-    T* memory = static_cast<T*>(scratch(product.scratch_size(c1 - c0) * sizeof(T)));
-    product.run(s.phi + n * layer.phi_size(), s.lam ? s.lam + n * s.out_channels : nullptr,
-                s.grad.data + n * s.grad.sample, channels_last ? s.grad.pixel : s.grad.channel, block, s.pixels, c0,
-                c1, memory);
-  });
+    using T = typename S::Scalar;
+    const SampleProduct<S> product(layer, Direction::kBackward, channels_last,
+                                   synthesis_pays(layer, s.pixels));
+    const int64_t parts = channel_parts(s.batch, runtime.threads, s.in_channels, Shape<S>::kLanes);
+    parallel(runtime, s.batch * parts, [&](int64_t task) {
+        const int64_t n = task / parts, part = task % parts;
+        const int64_t c0 = part * s.in_channels / parts, c1 = (part + 1) * s.in_channels / parts;
+        Block<T> block;
+        block.c = s.d_input.data + n * s.d_input.sample;
+        block.c_row = channels_last ? s.d_input.pixel : s.d_input.channel;
+        T* memory = static_cast<T*>(scratch(product.scratch_size(c1 - c0) * sizeof(T)));
+        product.run(s.phi + n * layer.phi_size(), s.lam ? s.lam + n * s.out_channels : nullptr,
+                    s.grad.data + n * s.grad.sample, channels_last ? s.grad.pixel : s.grad.channel, block,
+                    s.pixels, c0, c1, memory);
+    });
 }
 
 // Zeroed memory that outlives a parallel section; not scratch, for its size grows with the batch.
 template <class T>
 class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(count > 0 ? static_cast<T*>(allocate_zeroed(count * static_cast<int64_t>(sizeof(T)))) : nullptr) {}
-  ~Buffer() { release(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
+  public:
+    explicit Buffer(int64_t count)
+        : data_(count > 0 ? static_cast<T*>(allocate_zeroed(count * static_cast<int64_t>(sizeof(T))))
+                          : nullptr) {}
+    ~Buffer() { release(data_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T* get() const { return data_; }
 
- private:
-  T* data_;
+  private:
+    T* data_;
 };
 
 // c[r, j] (+)= sum over pixels of a[r] b[j], for rows of channels and the given layout.
 template <class S>
 static void outer(bool channels_last, const typename S::Scalar* a, int64_t a_row, int64_t rows,
-                  const typename S::Scalar* b, int64_t b_row, int64_t columns, int64_t pixels, bool accumulate,
-                  typename S::Scalar* c, int64_t c_row) {
-  using T = typename S::Scalar;
-  if (!channels_last) {
-    dot<S>(a, a_row, rows, b, b_row, columns, pixels, accumulate, c, c_row);
-    return;
-  }
-  // Runs of pixels whose b stays in L2, which also keeps the sums short.
-  const int64_t step = most<int64_t>(64, 64 * 1024 / most<int64_t>(columns, 1));
-  for (int64_t p0 = 0; p0 < pixels; p0 += step) {
-    Block<T> block;
-    block.a = a + p0 * a_row, block.a_row = 1, block.a_k = a_row;
-    block.b = b + p0 * b_row, block.b_k = b_row;
-    block.k = least(step, pixels - p0);
-    block.c = c, block.c_row = c_row;
-    if (accumulate || p0 > 0) block.init = c, block.init_row = c_row;
-    multiply<S>(block, rows, columns);
-  }
+                  const typename S::Scalar* b, int64_t b_row, int64_t columns, int64_t pixels,
+                  bool accumulate, typename S::Scalar* c, int64_t c_row) {
+    using T = typename S::Scalar;
+    if (!channels_last) {
+        dot<S>(a, a_row, rows, b, b_row, columns, pixels, accumulate, c, c_row);
+        return;
+    }
+    // Runs of pixels whose b stays in L2, which also keeps the sums short.
+    const int64_t step = most<int64_t>(64, 64 * 1024 / most<int64_t>(columns, 1));
+    for (int64_t p0 = 0; p0 < pixels; p0 += step) {
+        Block<T> block;
+        block.a = a + p0 * a_row, block.a_row = 1, block.a_k = a_row;
+        block.b = b + p0 * b_row, block.b_k = b_row;
+        block.k = least(step, pixels - p0);
+        block.c = c, block.c_row = c_row;
+        if (accumulate || p0 > 0) block.init = c, block.init_row = c_row;
+        multiply<S>(block, rows, columns);
+    }
 }
 
 // Rows of a gradient that one task owns, so that no two tasks write the same sum.
 static constexpr int64_t kChunk = 48;
-static inline int64_t chunks(int64_t channels) { return (channels + kChunk - 1) / kChunk; }
+static inline int64_t chunks(int64_t channels) {
+    return (channels + kChunk - 1) / kChunk;
+}
 
 template <class S>
 class LatentGradients {
- public:
-  using T = typename S::Scalar;
+  public:
+    using T = typename S::Scalar;
 
-  LatentGradients(const Layer<T>& layer, int64_t batch, int64_t pixels, bool channels_last)
-      : layer_(layer), batch_(batch), pixels_(pixels), channels_last_(channels_last) {}
+    LatentGradients(const Layer<T>& layer, int64_t batch, int64_t pixels, bool channels_last)
+        : layer_(layer), batch_(batch), pixels_(pixels), channels_last_(channels_last) {}
 
-  // Any of d_p [Co, L], d_phi [N, …], d_q [Ci, L] may be null.
-  void from_pixels(const Map<const T>& input, const Map<const T>& grad, const T* phi, T* d_p, T* d_phi, T* d_q,
-                   const Runtime& runtime) const {
-    if (!d_p && !d_phi && !d_q) return;
-    const int64_t all = layer_.all_latent(), l = layer_.latent, size = all * pixels_;
-    const bool bare = !layer_.q;
-    const Buffer<T> mixed(d_p ? batch_ * size : 0);        // Phi_n T, [N, B L, P] or [N, P, B L]
-    const Buffer<T> back(d_q ? batch_ * size : 0);         // Phi_n^T H, likewise
-    const int64_t row = channels_last_ ? all : pixels_;
-    const SampleProduct<S> forward(layer_, Direction::kForward, channels_last_, false);
-    const SampleProduct<S> backward(layer_, Direction::kBackward, channels_last_, false);
-    parallel(runtime, batch_, [&](int64_t n) {
-      Pieces<T> pieces(static_cast<T*>(scratch(
-          (3 * Pieces<T>::rounded(size) + Pieces<T>::rounded(layer_.phi_size()) + 1) * sizeof(T))));
-      T *latent = pieces.take(size), *latent_grad = pieces.take(size), *spare = pieces.take(size);
-      const T* phi_n = phi + n * layer_.phi_size();
-      const T* core = forward.core_for(phi_n, pieces.take(layer_.phi_size()));
-      const T *x = input.data + n * input.sample, *g = grad.data + n * grad.sample;
-      if (d_p || d_phi)
-        forward.project(x, step(input), pixels_, core, 0, layer_.out_channels, latent,
-                        d_p ? mixed.get() + n * size : spare);
-      if (d_q || d_phi)
-        backward.project(g, step(grad), pixels_, phi_n, 0, layer_.in_channels, latent_grad,
-                         d_q ? back.get() + n * size : spare);
-      if (!d_phi) return;
-      T* out = d_phi + n * layer_.phi_size();
-      if (bare) {
-        outer<S>(channels_last_, latent_grad, row, l, x, step(input), layer_.in_channels, pixels_, false, out,
-                 layer_.in_channels);
-        return;
-      }
-      for (int64_t b = 0; b < layer_.blocks; ++b)
-        outer<S>(channels_last_, part(latent_grad, b, row), row, l, part(latent, b, row), row, l, pixels_, false,
-                 out + b * l * l, l);
-    });
-    if (d_p) sum_over_samples(grad, mixed.get(), layer_.out_channels, layer_.out_block(), d_p, runtime);
-    if (d_q) sum_over_samples(input, back.get(), layer_.in_channels, layer_.in_block(), d_q, runtime);
-  }
-
- private:
-  int64_t step(const Map<const T>& map) const { return channels_last_ ? map.pixel : map.channel; }
-  const T* part(const T* latent, int64_t b, int64_t row) const {
-    return latent + b * layer_.latent * (channels_last_ ? 1 : row);
-  }
-
-  // d[c, j] = sum over samples and pixels of map[c] latent[j]
-  void sum_over_samples(const Map<const T>& map, const T* latent, int64_t channels, int64_t block, T* d,
-                        const Runtime& runtime) const {
-    const int64_t l = layer_.latent, all = layer_.all_latent(), row = channels_last_ ? all : pixels_;
-    parallel(runtime, chunks(channels), [&](int64_t chunk) {
-      const int64_t c0 = chunk * kChunk, c1 = least(c0 + kChunk, channels);
-      for (int64_t n = 0; n < batch_; ++n)
-        for_blocks(c0, c1, block, [&](int64_t b, int64_t first, int64_t last) {
-          outer<S>(channels_last_, map.data + n * map.sample + first * map.channel, step(map), last - first,
-                   part(latent + n * all * pixels_, b, row), row, l, pixels_, n > 0, d + first * l, l);
+    // Any of d_p [Co, L], d_phi [N, …], d_q [Ci, L] may be null.
+    void from_pixels(const Map<const T>& input, const Map<const T>& grad, const T* phi, T* d_p, T* d_phi,
+                     T* d_q, const Runtime& runtime) const {
+        if (!d_p && !d_phi && !d_q) return;
+        const int64_t all = layer_.all_latent(), l = layer_.latent, size = all * pixels_;
+        const bool bare = !layer_.q;
+        const Buffer<T> mixed(d_p ? batch_ * size : 0);  // Phi_n T, [N, B L, P] or [N, P, B L]
+        const Buffer<T> back(d_q ? batch_ * size : 0);   // Phi_n^T H, likewise
+        const int64_t row = channels_last_ ? all : pixels_;
+        const SampleProduct<S> forward(layer_, Direction::kForward, channels_last_, false);
+        const SampleProduct<S> backward(layer_, Direction::kBackward, channels_last_, false);
+        parallel(runtime, batch_, [&](int64_t n) {
+            Pieces<T> pieces(static_cast<T*>(scratch(
+                (3 * Pieces<T>::rounded(size) + Pieces<T>::rounded(layer_.phi_size()) + 1) * sizeof(T))));
+            T *latent = pieces.take(size), *latent_grad = pieces.take(size), *spare = pieces.take(size);
+            const T* phi_n = phi + n * layer_.phi_size();
+            const T* core = forward.core_for(phi_n, pieces.take(layer_.phi_size()));
+            const T *x = input.data + n * input.sample, *g = grad.data + n * grad.sample;
+            if (d_p || d_phi)
+                forward.project(x, step(input), pixels_, core, 0, layer_.out_channels, latent,
+                                d_p ? mixed.get() + n * size : spare);
+            if (d_q || d_phi)
+                backward.project(g, step(grad), pixels_, phi_n, 0, layer_.in_channels, latent_grad,
+                                 d_q ? back.get() + n * size : spare);
+            if (!d_phi) return;
+            T* out = d_phi + n * layer_.phi_size();
+            if (bare) {
+                outer<S>(channels_last_, latent_grad, row, l, x, step(input), layer_.in_channels, pixels_,
+                         false, out, layer_.in_channels);
+                return;
+            }
+            for (int64_t b = 0; b < layer_.blocks; ++b)
+                outer<S>(channels_last_, part(latent_grad, b, row), row, l, part(latent, b, row), row, l,
+                         pixels_, false, out + b * l * l, l);
         });
-    });
-  }
+        if (d_p) sum_over_samples(grad, mixed.get(), layer_.out_channels, layer_.out_block(), d_p, runtime);
+        if (d_q) sum_over_samples(input, back.get(), layer_.in_channels, layer_.in_block(), d_q, runtime);
+    }
 
-  const Layer<T>& layer_;
-  const int64_t batch_, pixels_;
-  const bool channels_last_;
+  private:
+    int64_t step(const Map<const T>& map) const { return channels_last_ ? map.pixel : map.channel; }
+    const T* part(const T* latent, int64_t b, int64_t row) const {
+        return latent + b * layer_.latent * (channels_last_ ? 1 : row);
+    }
+
+    // d[c, j] = sum over samples and pixels of map[c] latent[j]
+    void sum_over_samples(const Map<const T>& map, const T* latent, int64_t channels, int64_t block, T* d,
+                          const Runtime& runtime) const {
+        const int64_t l = layer_.latent, all = layer_.all_latent(), row = channels_last_ ? all : pixels_;
+        parallel(runtime, chunks(channels), [&](int64_t chunk) {
+            const int64_t c0 = chunk * kChunk, c1 = least(c0 + kChunk, channels);
+            for (int64_t n = 0; n < batch_; ++n)
+                for_blocks(c0, c1, block, [&](int64_t b, int64_t first, int64_t last) {
+                    outer<S>(channels_last_, map.data + n * map.sample + first * map.channel, step(map),
+                             last - first, part(latent + n * all * pixels_, b, row), row, l, pixels_, n > 0,
+                             d + first * l, l);
+                });
+        });
+    }
+
+    const Layer<T>& layer_;
+    const int64_t batch_, pixels_;
+    const bool channels_last_;
 };
 
 }  // namespace dcd::DCD_ISA

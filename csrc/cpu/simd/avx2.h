@@ -10,78 +10,75 @@
 namespace dcd::avx2 {
 
 struct Simd {
-  using Scalar = float;
-  static constexpr int kLanes = 8;
-  static constexpr int kRegisters = 16;
+    using Scalar = float;
+    static constexpr int kLanes = 8;
+    static constexpr int kRegisters = 16;
 
-  struct Vec {
-    __m256 v;
-  };
+    struct Vec {
+        __m256 v;
+    };
 
-  static inline __m256i first(int count) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane);
-  }
-
-  static inline Vec zero() { return {_mm256_setzero_ps()}; }
-  static inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
-  static inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  static inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
-  // The first `count` lanes (0 < count <= 8); memory behind them is not touched.
-  static inline Vec load_first(const float* p, int count) {
-    return {_mm256_maskload_ps(p, first(count))};
-  }
-  static inline void store_first(float* p, Vec x, int count) {
-    _mm256_maskstore_ps(p, first(count), x.v);
-  }
-  static inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-  static inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-  static inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-  static inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-  static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-  // max and min return their second operand when either is NaN, so NaN in x propagates.
-  static inline Vec max(Vec bound, Vec x) { return {_mm256_max_ps(bound.v, x.v)}; }
-  static inline Vec min(Vec bound, Vec x) { return {_mm256_min_ps(bound.v, x.v)}; }
-  static inline float sum(Vec x) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-  }
-
-  // out[i] = sum of the i-th operand's lanes
-  static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-  }
-
-  // out[c, r] = in[r, c] for a square of 8: pairs, then fours, within 128 bits, then the halves.
-  static inline void transpose(const float* in, int64_t in_row, float* out, int64_t out_row) {
-    __m256 a[8], b[8];
-    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(in + i * in_row);
-    for (int i = 0; i < 8; i += 4) {
-      const __m256 t0 = _mm256_unpacklo_ps(a[i], a[i + 1]), t1 = _mm256_unpackhi_ps(a[i], a[i + 1]);
-      const __m256 t2 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), t3 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
-      b[i] = _mm256_shuffle_ps(t0, t2, 0x44), b[i + 1] = _mm256_shuffle_ps(t0, t2, 0xee);
-      b[i + 2] = _mm256_shuffle_ps(t1, t3, 0x44), b[i + 3] = _mm256_shuffle_ps(t1, t3, 0xee);
+    static inline __m256i first(int count) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane);
     }
-    for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_ps(out + i * out_row, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-      _mm256_storeu_ps(out + (i + 4) * out_row, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
-    }
-  }
 
-  // 2^n for integral n in [-126, 127].
-  static inline Vec pow2(Vec n) {
-    const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 23))};
-  }
-  static inline Vec round(Vec x) {
-    return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  }
-  static inline Vec exp(Vec x) { return simd::exp<Simd>(x); }
-  static inline void prefetch(const float* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-  }
+    static inline Vec zero() { return {_mm256_setzero_ps()}; }
+    static inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+    static inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
+    // The first `count` lanes (0 < count <= 8); memory behind them is not touched.
+    static inline Vec load_first(const float* p, int count) { return {_mm256_maskload_ps(p, first(count))}; }
+    static inline void store_first(float* p, Vec x, int count) { _mm256_maskstore_ps(p, first(count), x.v); }
+    static inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+    static inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+    static inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+    static inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+    static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    // max and min return their second operand when either is NaN, so NaN in x propagates.
+    static inline Vec max(Vec bound, Vec x) { return {_mm256_max_ps(bound.v, x.v)}; }
+    static inline Vec min(Vec bound, Vec x) { return {_mm256_min_ps(bound.v, x.v)}; }
+    static inline float sum(Vec x) {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
+
+    // out[i] = sum of the i-th operand's lanes
+    static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+        const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    }
+
+    // out[c, r] = in[r, c] for a square of 8: pairs, then fours, within 128 bits, then the halves.
+    static inline void transpose(const float* in, int64_t in_row, float* out, int64_t out_row) {
+        __m256 a[8], b[8];
+        for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(in + i * in_row);
+        for (int i = 0; i < 8; i += 4) {
+            const __m256 t0 = _mm256_unpacklo_ps(a[i], a[i + 1]), t1 = _mm256_unpackhi_ps(a[i], a[i + 1]);
+            const __m256 t2 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]),
+                         t3 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+            b[i] = _mm256_shuffle_ps(t0, t2, 0x44), b[i + 1] = _mm256_shuffle_ps(t0, t2, 0xee);
+            b[i + 2] = _mm256_shuffle_ps(t1, t3, 0x44), b[i + 3] = _mm256_shuffle_ps(t1, t3, 0xee);
+        }
+        for (int i = 0; i < 4; ++i) {
+            _mm256_storeu_ps(out + i * out_row, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+            _mm256_storeu_ps(out + (i + 4) * out_row, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+        }
+    }
+
+    // 2^n for integral n in [-126, 127].
+    static inline Vec pow2(Vec n) {
+        const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 23))};
+    }
+    static inline Vec round(Vec x) {
+        return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+    }
+    static inline Vec exp(Vec x) { return simd::exp<Simd>(x); }
+    static inline void prefetch(const float* p) {
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+    }
 };
 
 }  // namespace dcd::avx2

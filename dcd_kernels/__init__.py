@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fused kernels for dynamic convolution decomposition (DCD, ICLR 2021).
+
+Per sample, ``W(x) = Λ(x) W0 + P Φ(x) Qᵀ`` is applied as a pointwise, depthwise or k×k convolution, forward and
+backward, without a weight per sample ever being allocated.
+"""
+
+from importlib import metadata
+
+from . import extension, models, nn, reference
+from .backends.selection import use_backend
+from .explain import explain
+from .functional import dcd_apply, dcd_conv1d, dcd_conv2d, dcd_conv3d, dcd_linear
+from .nn import convert
+
+try:
+    __version__ = metadata.version("dcd-kernels")
+except metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+uninstalled"
+
+__all__ = [
+    "convert",
+    "dcd_apply",
+    "dcd_conv1d",
+    "dcd_conv2d",
+    "dcd_conv3d",
+    "dcd_linear",
+    "explain",
+    "extension",
+    "models",
+    "nn",
+    "reference",
+    "use_backend",
+]
