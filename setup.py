@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Drives CMakeLists.txt, which is the only build description, and packs what it makes."""
 
 import os

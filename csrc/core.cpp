@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // dcd_kernels._core: what Python may ask of the kernels without torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

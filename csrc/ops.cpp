@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The ops that have no tensors: which instruction set the CPU kernels use, and the tests' poison.
 #include <string>
 

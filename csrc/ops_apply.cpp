@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // dcd_kernels::apply and its gradient: checks, allocation, launch.
 #include "tensors.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // From torch's tensors to the plain pointers and strides of cpu/params.h.
 #pragma once
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Loads the compiled op library, and says why where it cannot."""
 
 import warnings

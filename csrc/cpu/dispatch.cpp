@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Chooses the instruction set once, by cpuid; DCD_KERNELS_ISA or set_instruction_set() can ask for a lower
 // one.
 #include <atomic>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The table of kernels that every instruction set fills, and the choice among them.
 #pragma once
 

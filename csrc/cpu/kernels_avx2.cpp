@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Compiled with the flags of its instruction set: see CMakeLists.txt. Only this file's namespace may be used
 // here, for an inline function shared with another file could be linked in this file's version.
 #define DCD_ISA avx2

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The portable kernels: what any target of the compiler can run, and the only ones in double precision.
 #define DCD_ISA baseline
 #include "kernels.h"

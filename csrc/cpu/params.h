@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // What a kernel is told: plain pointers, sizes and strides (in elements), nothing of torch.
 #pragma once
 

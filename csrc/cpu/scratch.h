@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Working memory of one thread, kept from call to call.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // y = act(lam r + P Phi Q^T x + bias + residual) around a static output r, and its gradients.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Sums over the contiguous axis: c[r, j] (+)= sum_k a[r, k] b[j, k], lanes along k. What reductions over
 // pixels of contiguous maps and products with a row-major weight need, without transposing either operand.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Gradients that pointwise and apply share, given G = dy behind the activation:
 //   d_x = W_n^T G                                                    (input_gradient)
 //   with T = Q^T x and H = P^T G, which are L numbers a pixel:

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // What all samples of a call share: the static weight, its factors and their transposes; and how work is
 // split.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // y = W_n x and its transpose d_x = W_n^T g, W_n = diag(lam) W0 + P Phi Q^T, for one sample, in either
 // layout, by the cheaper of two orders of the same product:
 //   factored     T = Q^T x, T' = Phi T, y = lam * (W0 x) + P T'; L (Ci + Co) + L^2 multiply-adds a pixel;

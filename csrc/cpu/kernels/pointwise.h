@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // y = act(W_n x + bias + residual), W_n = diag(lam_n) W0 + P Phi_n Q^T: shares the work out and runs
 // lowrank.h.
 #pragma once

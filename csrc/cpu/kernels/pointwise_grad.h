@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Gradients of y = W_n x, given G = dy behind the activation. With S_n = G x^T, of which one band of rows
 // exists at a time:  d_W0 = sum_n lam_n S_n,  d_lam_n = rowsum(S_n W0) (never a division by lam),  and for
 // large maps also

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Rows of channels against pixels of a contiguous map whose number is no multiple of the vector: the last
 // few, which would leave most lanes of a vector empty (49 pixels are 3 vectors and 1), are done with lanes
 // along the channels.

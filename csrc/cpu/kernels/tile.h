@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The one inner loop: a block of rows x lanes of  c = act(scale * (init + A B) + A2 B2 + bias + residual),
 // held in registers from the first product to the store. Rows are broadcast from A, lanes are vectors of B.
 //

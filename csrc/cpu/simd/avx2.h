@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Eight fp32 lanes, AVX2 and FMA.
 #pragma once
 
@@ -67,7 +68,7 @@ struct Simd {
         }
     }
 
-    // 2^n for integral n in [-126, 127].
+    // 2^n for integral n in [-126, 128]; 128 gives infinity.
     static inline Vec pow2(Vec n) {
         const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 23))};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Sixteen fp32 lanes, AVX-512 F/DQ/BW/VL.
 #pragma once
 
@@ -73,7 +74,7 @@ struct Simd {
         }
     }
 
-    // 2^n for integral n in [-126, 127].
+    // 2^n for integral n in [-126, 128]; 128 gives infinity.
     static inline Vec pow2(Vec n) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), n.v)}; }
     static inline Vec round(Vec x) {
         return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Portable lanes: a small array that any C++ compiler can map to the vectors of its target. fp32 and fp64.
 #pragma once
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""dcd_kernels._core, the module without torch, and what happens where the extension is missing."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dcd_kernels
+from dcd_kernels import extension
+
+needs_extension = pytest.mark.skipif(not extension.LOADED, reason=extension.REASON)
+
+
+def _operands(rng, n, ci, co, pixels, latent):
+    return (
+        rng.standard_normal((n, ci, pixels)),
+        rng.standard_normal((co, ci)),
+        rng.standard_normal((co, latent)),
+        rng.standard_normal((n, latent, latent)),
+        rng.standard_normal((ci, latent)),
+        rng.uniform(size=(n, co)),
+    )
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", [(1, 3, 7, 1, 1), (2, 20, 33, 49, 3), (3, 16, 8, 196, 11), (1, 64, 5, 5, 4)])
+def test_kernel_on_numpy_arrays(shape):
+    from dcd_kernels import _core
+
+    x, weight, p, phi, q, lam = _operands(np.random.default_rng(0), *shape)
+    per_sample = lam[:, :, None] * weight + p @ phi @ q.T
+    np.testing.assert_allclose(_core.pointwise(x, weight, p, phi, q, lam), per_sample @ x, rtol=1e-11, atol=1e-11)
+
+
+@needs_extension
+def test_kernel_names_the_argument_that_does_not_fit():
+    from dcd_kernels import _core
+
+    x, weight, p, phi, q, lam = _operands(np.random.default_rng(0), 2, 4, 6, 5, 3)
+    with pytest.raises(ValueError, match="phi must have shape"):
+        _core.pointwise(x, weight, p, phi[:1], q, lam)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        _core.pointwise(x, weight[:, :3], p, phi, q, lam)
+
+
+@needs_extension
+def test_core_does_not_import_torch():
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import _core; assert 'torch' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", program + "; print(_core.instruction_set())", str(extension.LIBRARY.parent)],
+        check=True,
+        capture_output=True,
+    )
+
+
+@needs_extension
+def test_build_information():
+    from dcd_kernels import _core
+
+    features = _core.cpu_features()
+    assert features["baseline"] is True
+    assert features[_core.instruction_set()]
+    assert set(_core.build_info()["cpu_kernels"]) == set(features)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+def test_package_works_without_the_extension_and_says_why(tmp_path, broken):
+    package = Path(dcd_kernels.__file__).parent
+    shutil.copytree(package, tmp_path / "dcd_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if broken:
+        (tmp_path / "dcd_kernels" / extension.LIBRARY.name).write_bytes(b"not a library")
+    program = """
+import torch, dcd_kernels as dcd
+x = torch.randn(2, 3, 4, 4)
+y = dcd.dcd_conv2d(x, torch.randn(5, 3, 1, 1), lam=torch.rand(2, 5))
+assert y.shape == (2, 5, 4, 4)
+try:
+    with dcd.use_backend("cpu"):
+        dcd.dcd_conv2d(x, torch.randn(5, 3, 1, 1), lam=torch.rand(2, 5))
+except RuntimeError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the compiled extension is not available" in done.stderr
+    assert "pip install --no-build-isolation" in done.stderr
+    assert "refused:" in done.stdout and "not available" in done.stdout
