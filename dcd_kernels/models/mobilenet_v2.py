@@ -206,6 +206,20 @@ class MobileNetV2(nn.Module):
                 **factory,
             )
         self.classifier = nn.Sequential(nn.Dropout(dropout), linear)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kernels with variance 2/fan_in, 1/fan_in where no activation follows: the signal keeps its scale.
+
+        With the layers' own start an untrained network in eval mode, whose norms do not normalise yet, gives
+        the classifier's bias and nothing of the image.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, DCDConv2d)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        for module in self.modules():
+            if isinstance(module, InvertedResidual):
+                nn.init.kaiming_normal_(module.conv[-2].weight, nonlinearity="linear")
 
     def forward(self, input: Tensor) -> Tensor:
         return self.classifier(self.features(input).mean((2, 3)))

@@ -169,6 +169,22 @@ def test_static_network_written_out():
     torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("pointwise", ["static", "dcd"])
+def test_an_untrained_network_sees_its_input(pointwise):
+    torch.manual_seed(0)
+    model = mobilenet_v2(0.5, pointwise=pointwise).eval()
+    features = []
+    for stage in model.features:
+        stage.register_forward_hook(
+            lambda module, inputs, output: features.append(output.square().mean().sqrt())
+        )
+    with torch.no_grad():
+        logits = model(torch.randn(4, 3, 64, 64))
+    assert all(0.2 < rms < 5 for rms in features)
+    spread = logits.std(0).mean()
+    assert spread > 0.05 * logits.std()
+
+
 def test_runs_and_every_parameter_has_a_gradient():
     torch.manual_seed(0)
     model = mobilenet_v2(0.35, depthwise="dcd", blocks=2)

@@ -221,6 +221,26 @@ def test_linear(shape, options):
     assert not torch.allclose(layer(x, condition=condition), layer(x))
 
 
+@pytest.mark.parametrize("shape", [(5, 9), (3, 4, 9)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_compiled_and_in_half(shape, dtype, compiler):
+    torch.manual_seed(0)
+    layer = DCDLinear(9, 12, activation="silu", gate="se")
+    with torch.no_grad():
+        for parameter in layer.branch.parameters():
+            parameter.normal_()
+    x = torch.randn(shape)
+    wanted = layer(x)
+    torch.testing.assert_close(compiler(layer)(x), wanted)
+    with torch.autocast("cpu", dtype):
+        under_autocast = layer(x)
+    for y in (under_autocast, copy.deepcopy(layer).to(dtype)(x.to(dtype))):
+        assert y.dtype == dtype
+        assert (y - wanted).abs().max() < 16 * torch.finfo(dtype).eps * wanted.abs().max()
+    twin = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(twin(x), wanted)
+
+
 def fresh(form, **options):
     cls, arguments, keywords, size = FORMS[form]
     torch.manual_seed(list(FORMS).index(form))
@@ -354,6 +374,7 @@ def test_functional_call():
 def test_without_memory():
     layer = DCDConv2d(64, 128, 3, padding=1, device="meta")
     assert {p.device.type for p in layer.parameters()} == {"meta"}
+    assert layer(torch.empty(2, 64, 8, 7, device="meta")).shape == (2, 128, 8, 7)
     with torch._subclasses.FakeTensorMode():
         layer = DCDConv2d(64, 128, 3, padding=1, pool_size=2, dtype=torch.bfloat16)
         y = layer(torch.empty(2, 64, 7, 8, dtype=torch.bfloat16))
