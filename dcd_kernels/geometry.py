@@ -146,7 +146,9 @@ def sample(input: Tensor, stride: tuple[int, ...], offset: tuple[int, ...], size
 
 def pad_uneven(input: Tensor, where: Geometry) -> Tensor:
     """``input`` with the zeros that 'same' puts only behind it; ``where.low`` then pads the rest evenly."""
+    if where.low == where.high:
+        return input
     extra: list[int] = []
     for before, behind in zip(where.low, where.high, strict=True):
         extra[:0] = (0, behind - before)
-    return F.pad(input, extra) if any(extra) else input
+    return F.pad(input, extra)

@@ -170,7 +170,7 @@ def dcd_weight(
     else:
         static = weight * lam.reshape(*lam.shape, *(1 for _ in range(weight.dim() - 1)))
     if form == "static":
-        return static.to(weight.dtype, copy=lam is None)
+        return static.to(weight.dtype)
     co, ci = weight.shape[:2]
     wide = torch.promote_types(phi.dtype, p.dtype)
     p, phi = p.to(wide), phi.to(wide)

@@ -35,6 +35,12 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile from nothing: the parametrised tests share their code, and recompilations are limited."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """A test under each backend of this machine, chosen by name: one that cannot run a call raises."""

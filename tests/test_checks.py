@@ -266,7 +266,7 @@ def test_bad_call(module, form, changes, error, words, options):
     "form,changes,error,words,options",
     [*CONVOLUTION[:36:12], *CONVOLUTION[40:100:12], LINEAR[3], APPLY[6], *CONVOLUTION[-5:-3]],
 )
-def test_bad_call_under_compile(form, changes, error, words, options):
+def test_bad_call_under_compile(form, changes, error, words, options, fresh_compiler):
     case = changed(form, changes, options)
     compiled = torch.compile(
         lambda tensors: case.with_tensors(tensors).run(dcd), fullgraph=True, backend="eager"

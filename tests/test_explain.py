@@ -132,7 +132,7 @@ def test_module_by_name_and_without_traces():
     assert not network.first._forward_hooks and not network.first._forward_pre_hooks
 
 
-def test_compiled_module_runs_uncompiled():
+def test_compiled_module_runs_uncompiled(fresh_compiler):
     text = str(explain(torch.compile(Network(), backend="eager"), torch.randn(2, 6, 5, 4)))
     assert "1. first (Layer)" in text
 
@@ -268,7 +268,7 @@ def in_environment(value, code):
     )
 
 
-def test_the_choice_is_seen_by_compiled_code():
+def test_the_choice_is_seen_by_compiled_code(fresh_compiler):
     case = make_case("pointwise", dtype=torch.float32)
     compiled = torch.compile(
         lambda x: case.with_tensors({"input": x}).run(dcd), fullgraph=True, backend="eager"

@@ -178,15 +178,6 @@ def test_weight_of_linear(form):
     assert_same(got, case.truth())
 
 
-def test_weight_of_an_unscaled_static_weight_is_a_copy():
-    case = make_case("attention alone", lam=True)
-    weight = case.tensors["weight"]
-    ones = torch.ones(2, len(weight), dtype=weight.dtype)
-    got = reference.dcd_weight(weight, None, None, None, lam=ones)
-    got.zero_()
-    assert weight.abs().sum() > 0
-
-
 def test_infinite_phi_stays_in_its_block():
     case = make_case("blocks", in_channels=4, out_channels=4)
     case.tensors["phi"][0, 0, 0, 0] = float("inf")
@@ -316,7 +307,7 @@ def test_linear_without_rows():
     assert case.run(reference).shape == (2, 0, 3, 4)
 
 
-# Autocast, compilation, transforms
+# Autocast and transforms (compilation: test_functional.py)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -336,18 +327,6 @@ def test_autocast_leaves_float64_alone():
     case = make_case("pointwise")
     with torch.autocast("cpu", torch.bfloat16):
         check(case)
-
-
-@pytest.mark.parametrize(
-    "form", ["pointwise", "blocks", "depthwise", "joint", "grouped", "linear rows", "apply"]
-)
-def test_compiles_in_one_graph_for_any_batch(form):
-    compiled = torch.compile(
-        lambda *tensors: case.of(reference, *tensors), fullgraph=True, dynamic=True, backend="eager"
-    )
-    for batch in (2, 3):
-        case = make_case(form, batch=batch, activation="relu6")
-        assert_same(compiled(*case.leaves()), case.truth())
 
 
 def test_vmap_over_parameters():
