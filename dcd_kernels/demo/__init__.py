@@ -45,9 +45,9 @@ def run_photographs(options: argparse.Namespace, console: Console) -> bool:
     names = ", ".join(name for name, _ in taken)
     console.print(f"[bold]1. DCD-MobileNetV2 ×1.0 on {len(taken)} photographs[/] ({names}; 224 × 224)")
     console.print(
-        "The weights are random, so the network names nothing. Its BatchNorms hold the statistics of these "
-        "photographs, and its branches are scaled up so that λ and Φ differ from one photograph to the next. "
-        "All rows are one network with the same weights: only how its dynamic layers are computed differs.\n",
+        "The weights are random, fresh from the initialisation (BatchNorm statistics too), so the network "
+        "names nothing. All rows are one network with the same weights: only how its dynamic layers are "
+        "computed differs.\n",
         highlight=False,
     )
     subject = comparison.make_subject(options.seed, images)

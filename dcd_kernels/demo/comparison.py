@@ -20,7 +20,6 @@ from dcd_kernels.backends.selection import use_backend
 from dcd_kernels.demo import formulations, memory
 from dcd_kernels.demo.measure import Measurement, interleaved, paired_ratio, relative_error, threads
 from dcd_kernels.models import mobilenet_v2
-from dcd_kernels.nn.layer import DCDLayer
 
 FUSED, REFERENCE, STATIC = "fused kernels", "reference", "static twin"
 PLAIN: dict[str, formulations.Formulation] = {
@@ -29,9 +28,6 @@ PLAIN: dict[str, formulations.Formulation] = {
     "factored eager": formulations.factored,
 }
 NAMES = (FUSED, REFERENCE, *PLAIN)
-
-# A fresh branch starts near λ = 1 and Φ = 0; here they are to differ from photograph to photograph.
-BRANCH_GAIN = 10.0
 
 # A pass takes 20 to 100 ms; on a machine that is busy with other things it can take ten times that.
 SECONDS_OF_TIMING = 30.0
@@ -46,31 +42,11 @@ class Subject:
     images: Tensor
 
 
-def random_network(seed: int, images: Tensor, **options) -> nn.Module:
-    """A MobileNetV2 ×1.0 with random weights and with BatchNorm statistics from ``images``.
-
-    With the statistics that a BatchNorm starts with, the activations of an untrained network this deep die
-    out. A pass in training mode over the photographs and their mirror images gives it its own.
-    """
-    torch.manual_seed(seed)
-    network = mobilenet_v2(1.0, **options)
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, DCDLayer):
-                module.branch.expand.weight.mul_(BRANCH_GAIN)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # the statistics of this pass, not a tenth of them
-        views = torch.cat([images, images.flip(3)])
-        network.features.train()
-        with use_backend("reference"):
-            network.features(views)
-    return network.eval()
-
-
 def make_subject(seed: int, images: Tensor) -> Subject:
-    """The dynamic network and its static twin, which has the same static layers and no others."""
-    static = random_network(seed, images, pointwise="static", classifier="static")
-    return Subject(random_network(seed, images), static, images)
+    """A fresh DCD-MobileNetV2 ×1.0 and its static twin, which has the same static layers and no others."""
+    torch.manual_seed(seed)
+    static = mobilenet_v2(1.0, pointwise="static", classifier="static")
+    return Subject(mobilenet_v2(1.0).eval(), static.eval(), images)
 
 
 def on_backend(name: str, network: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from dcd_kernels.demo.measure import threads
 from dcd_kernels.nn import DCDConv2d
 from dcd_kernels.nn.convert import convert
 
@@ -173,13 +174,15 @@ def train_twins(digits: Digits, epochs: int, seed: int, console: Console) -> tup
     with Progress(*columns, console=console) as progress:
         for name, network in (("DCD network", dynamic), ("static twin", static)):
             task = progress.add_task(name, total=total, loss=float("nan"))
-            seconds = train(
-                network,
-                digits,
-                epochs,
-                seed,
-                lambda loss, task=task: progress.update(task, advance=1, loss=loss),
-            )
+            # layers this small gain nothing from a second thread, and lose much where its core is busy
+            with threads(1):
+                seconds = train(
+                    network,
+                    digits,
+                    epochs,
+                    seed,
+                    lambda loss, task=task: progress.update(task, advance=1, loss=loss),
+                )
             right = count_right(network, digits.test_images, digits.test_labels)
             parameters = sum(p.numel() for p in network.parameters())
             scores.append(Score(name, right, len(digits.test_labels), parameters, seconds))
