@@ -21,6 +21,7 @@ from operands import (
     poisoned_outputs,  # noqa: F401
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from dcd_kernels.checks import ACTIVATIONS
 
@@ -419,3 +420,21 @@ def test_forward_mode_raises(case):
 def test_every_factor_is_tested():
     for op, names in FACTORS.items():
         assert any(case.op == op and all(case.shapes()[name] for name in names) for case in WHOLE)
+
+
+# --- torch's other ways to run a backward pass
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: f"{case.op}-{case}")
+def test_checkpoint_and_batched_gradients(case):
+    case = replace(case, activation="hardswish")
+    tensors = with_grad(case, operands(case))
+    output = call(case, tensors)
+    grads = torch.randn(2, *output.shape)
+    one = torch.autograd.grad(output, tensors, grads[0], retain_graph=True)
+    again = checkpoint(lambda *t: call(case, t), *tensors, use_reentrant=False)
+    batched = torch.autograd.grad(output, tensors, grads, is_grads_batched=True)
+    for first, second, third in zip(one, torch.autograd.grad(again, tensors, grads[0]), batched, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, third[0])

@@ -20,6 +20,7 @@ from operands import (
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dcd_kernels import ops
 from dcd_kernels.checks import ACTIVATIONS
@@ -249,3 +250,27 @@ def test_autocast_on_a_disabled_region():
 @pytest.mark.parametrize("key", ("AutocastCPU", "AutocastCUDA"))
 def test_autocast_rule_is_registered(op, key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dcd_kernels::{op}", key)
+
+
+# --- older tracers
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("requires_grad", (False, True))
+@pytest.mark.parametrize("case", WHOLE, ids=name)
+def test_tracers_record_one_op(case, requires_grad):
+    tensors = [t for t in operands(case, requires_grad=requires_grad) if t is not None]
+
+    def function(*given):
+        it = iter(given)
+        return call(case, [None if s is None else next(it) for s in case.shapes().values()])
+
+    traced = torch.jit.trace(function, tuple(tensors))
+    assert [node.kind() for node in traced.graph.nodes() if "dcd" in node.kind()] == [
+        f"dcd_kernels::{case.op}"
+    ]
+    assert torch.equal(traced(*tensors), function(*tensors))
+    graph = make_fx(function, tracing_mode="symbolic")(*tensors).graph
+    assert [str(node.target) for node in graph.nodes if "dcd" in str(node.target)] == [
+        f"dcd_kernels.{case.op}.default"
+    ]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import autocast, autograd, fakes
 
@@ -56,18 +57,27 @@ _pointwise_function, _apply_function, _depthwise_function = (
 )
 
 
+# Bound once: half of the time of the checks below would go into finding what they call.
+_is_compiling = torch.compiler.is_compiling
+_is_transformed = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_is_grad_enabled = torch.is_grad_enabled
+_any_requires_grad = torch._C._any_requires_grad
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 def _call(op, function, *args) -> Tensor:
     """`op(*args)`, by the shortest way that computes the same.
 
-    The autograd kernel that register_autograd installs is Python: 4 microseconds a call where nothing
-    requires a gradient, 20 where something does. Outside of tracing and torch.func the dispatcher is
-    therefore entered below it, and gradients come from an autograd.Function applied here. Under
-    autocast the casts must be recorded too, and they are made above autograd, in the dispatcher.
+    The autograd kernel in the dispatcher is Python and costs 3 to 4 microseconds a call, also where
+    nothing requires a gradient. Outside of tracing and torch.func, whose levels only the dispatcher
+    knows, it is entered below that kernel, or the autograd.Function is applied here. Under autocast the
+    casts have to be recorded too, and they are made in the dispatcher above autograd.
     """
-    if autograd.is_traced():
+    if _is_compiling() or _is_transformed() or _tracing_state() is not None:
         return op(*args)
-    if not autograd.needs_graph(*args):
-        with torch._C._AutoDispatchBelowAutograd():
+    if forward_ad._current_level < 0 and not (_is_grad_enabled() and _any_requires_grad(*args)):
+        with _below_autograd():
             return op(*args)
     if torch._C._is_any_autocast_enabled():
         return op(*args)

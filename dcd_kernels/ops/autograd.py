@@ -214,8 +214,12 @@ def _replace(form: Form, factors, directions, pair) -> tuple[list[Tensor | None]
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a torch.func transform looks at the calls: they need the whole dispatcher."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler, a tracer or a torch.func transform looks on: they need the whole dispatcher."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def needs_graph(*args) -> bool:
