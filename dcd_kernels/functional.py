@@ -166,8 +166,7 @@ def dcd_linear(
         TypeError, ValueError, RuntimeError: as :func:`dcd_conv2d`.
     """
     checks.linear("dcd_linear", input, weight, p, phi, q, lam, bias, residual, activation)
-    # Nothing to do for no rows, and torch's product knows how to do nothing.
-    if input.numel() == 0 or selection.select("linear", input, weight, p, phi, q, lam) == "reference":
+    if selection.select("linear", input, weight, p, phi, q, lam) == "reference":
         return reference.linear(input, weight, p, phi, q, lam, bias, residual, activation)
     if input.dim() == 2:
         pixels = input.unsqueeze(2)

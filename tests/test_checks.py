@@ -94,6 +94,12 @@ CONVOLUTION = [
         "pointwise", {"weight": randn(4, 6, 1, 1, device="meta")}, ValueError, "weight must be on cpu", "meta"
     ),
     bad("depthwise", {"r": randn(9, 3, device="meta")}, ValueError, "r must be on cpu", "meta"),
+    bad("pointwise", {"p": randn(4, 3)}, TypeError, "p must", "float16", "float32", dtype=torch.float16),
+    bad(
+        "pointwise", {"weight": randn(4, 6, 1, 1)}, TypeError, "weight must", "float32", dtype=torch.bfloat16
+    ),
+    bad("pointwise", {"lam": randn(2, 4).half()}, TypeError, "lam must", "float16", dtype=torch.bfloat16),
+    bad("pointwise", {"residual": randn(2, 4, 5, 4)}, TypeError, "residual must", dtype=torch.bfloat16),
     # which factors go together
     bad("pointwise", {"phi": None}, ValueError, "phi is missing", "got p and q"),
     bad("pointwise", {"p": None}, ValueError, "p is missing", "got phi and q"),

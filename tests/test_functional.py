@@ -54,7 +54,7 @@ def test_one_and_three_dimensions(form, spatial, backend):
     "form,options", [(form, options) for form, all_ in GEOMETRIES.items() for options in all_]
 )
 def test_geometry(form, options, backend):
-    case = make_case(form, **{"size": (9, 8), "residual": True, **options})
+    case = make_case(form, size=(9, 8), bias="sample", residual=True, activation="silu", **options)
     assert_same(case.run(dcd), case.truth())
 
 
