@@ -68,28 +68,33 @@ static void dot(const typename S::Scalar* a, int64_t a_row, int64_t rows, const 
                 int64_t b_row, int64_t columns, int64_t k, bool accumulate, typename S::Scalar* c,
                 int64_t c_row) {
     constexpr int kRows = S::kRegisters == 32 ? 6 : 3;
-    // Blocks of k that keep all of b's rows in L2 while the rows of a pass over them; a single pass needs
-    // none.
-    const int64_t fit = 64 * 1024 / (columns > 0 ? columns : 1) / S::kLanes * S::kLanes;
-    const int64_t step = rows <= kRows ? (k > 0 ? k : 1) : fit < 16 * S::kLanes ? 16 * S::kLanes : fit;
-    for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += step) {
-        const int64_t count = k - k0 < step ? k - k0 : step;
-        const bool add = accumulate || k0 > 0;
-        for (int64_t r = 0; r < rows;) {
-            const auto run = [&](auto dot_function, int64_t taken) {
-                dot_function(a + r * a_row + k0, a_row, b + k0, b_row, columns, count, add, c + r * c_row,
-                             c_row);
-                r += taken;
-            };
-            const int64_t left = rows - r;
-            if (left >= kRows)
-                run(dot_rows<S, kRows>, kRows);
-            else if (left >= 4 && kRows >= 4)
-                run(dot_rows<S, 4>, 4);
-            else if (left >= 2)
-                run(dot_rows<S, 2>, 2);
-            else
-                run(dot_rows<S, 1>, 1);
+    // A piece of b stays in L2 while the rows of a pass over it. Its rows are long, for adding up the lanes
+    // costs as much as 60 steps of k; a single pass over b needs no pieces.
+    constexpr int64_t kPiece = 64 * 1024, kLong = 1024;
+    const bool once = rows <= kRows;
+    const int64_t fit = columns * kLong > kPiece ? kLong : kPiece / (columns > 0 ? columns : 1);
+    const int64_t length = once || k < fit ? (k > 0 ? k : 1) : fit / S::kLanes * S::kLanes;
+    const int64_t width = once ? columns : (kPiece / length + 3) / 4 * 4;
+    for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += length) {
+        const int64_t count = k - k0 < length ? k - k0 : length;
+        for (int64_t j0 = 0; j0 < columns; j0 += width) {
+            const int64_t taken_columns = columns - j0 < width ? columns - j0 : width;
+            for (int64_t r = 0; r < rows;) {
+                const auto run = [&](auto dot_function, int64_t taken) {
+                    dot_function(a + r * a_row + k0, a_row, b + j0 * b_row + k0, b_row, taken_columns, count,
+                                 accumulate || k0 > 0, c + r * c_row + j0, c_row);
+                    r += taken;
+                };
+                const int64_t left = rows - r;
+                if (left >= kRows)
+                    run(dot_rows<S, kRows>, kRows);
+                else if (left >= 4 && kRows >= 4)
+                    run(dot_rows<S, 4>, 4);
+                else if (left >= 2)
+                    run(dot_rows<S, 2>, 2);
+                else
+                    run(dot_rows<S, 1>, 1);
+            }
         }
     }
 }

@@ -41,7 +41,7 @@ struct Layer {
     const T* p;       // [Co, L]
     const T* q;       // [Ci, L]; null: x is the latent itself and Phi is [L, Ci]
     // Transposes, made once a call where a layout needs them.
-    const T* weight_t = nullptr;  // [Ci, Co]
+    const T* weight_t = nullptr;  // [Ci, Co]; null: not worth making, see long_rows
     const T* p_t = nullptr;       // [L, Co]
     const T* q_t = nullptr;       // [L, Ci]
     int64_t in_block() const { return in_channels / blocks; }
@@ -69,14 +69,19 @@ static inline void for_block_and_rest(int64_t b, int64_t size, int64_t c0, int64
     if (end < c1) f(false, end, c1);
 }
 
-// Multiply-adds a sample that the dynamic residual adds in either order.
-template <class T>
-static bool synthesis_pays(const Layer<T>& layer, int64_t pixels) {
-    if (layer.latent == 0 || !layer.weight) return false;
-    const int64_t l = layer.latent, ci = layer.in_channels, co = layer.out_channels;
-    const int64_t synthesised = co * ci / layer.blocks * l + least(co, ci) * l * l + co * ci;
-    const int64_t factored = pixels * (l * (ci + co) + layer.blocks * l * l);
+// Whether synthesis adds fewer multiply-adds to a sample than the factored order does.
+static inline bool synthesis_pays(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t blocks,
+                                  int64_t pixels) {
+    const int64_t product = out_channels * in_channels;
+    const int64_t synthesised =
+        product / blocks * latent + least(out_channels, in_channels) * latent * latent + product;
+    const int64_t factored = pixels * (latent * (in_channels + out_channels) + blocks * latent * latent);
     return synthesised < factored;
+}
+
+// Rows of W0 so long that a dot product of each with a pixel costs less than the transpose of W0.
+static inline bool long_rows(int64_t in_channels) {
+    return in_channels >= 512;
 }
 
 // Output channels of a sample are split only when there are fewer samples than threads, for every part

@@ -223,8 +223,14 @@ class SampleProduct {
                            block.k = k, block.k2 = l;
                            block.scale = forward_ && lam ? lam + first : nullptr;
                            if (channels_last_) {
+                               if (forward_ && k && !layer_.weight_t) {
+                                   const int64_t ci = layer_.in_channels;
+                                   dot<S>(operand, row, count, layer_.weight + first * ci, ci, last - first,
+                                          k, false, block.c, block.c_row);
+                                   block.init = block.c, block.init_row = block.c_row, block.k = 0;
+                               }
                                block.a = operand, block.a_row = row, block.a_k = 1;
-                               block.b = (forward_ ? layer_.weight_t : layer_.weight) + first,
+                               block.b = (forward_ ? layer_.weight_t : layer_.weight) + (block.k ? first : 0);
                                block.b_k = to_channels();
                                block.a2 = tail + b * l, block.a2_row = all, block.a2_k = 1;
                                block.b2 = left_t + first, block.b2_k = to_channels();

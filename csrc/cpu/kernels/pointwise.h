@@ -12,10 +12,11 @@ static void pointwise(const PointwiseParams<typename S::Scalar>& s, const Runtim
     using T = typename S::Scalar;
     // A single pixel is a column of channels in either layout.
     const bool channels_last = s.channels_last && s.pixels > 1;
-    const Layer<T> layer =
-        make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, s.weight, s.p, s.q, channels_last);
-    const SampleProduct<S> product(layer, Direction::kForward, channels_last,
-                                   synthesis_pays(layer, s.pixels));
+    const bool synthesised =
+        s.latent && synthesis_pays(s.in_channels, s.out_channels, s.latent, s.blocks, s.pixels);
+    const Layer<T> layer = make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, s.weight, s.p,
+                                         s.q, channels_last && (synthesised || !long_rows(s.in_channels)));
+    const SampleProduct<S> product(layer, Direction::kForward, channels_last, synthesised);
     const int64_t parts = channel_parts(s.batch, runtime.threads, s.out_channels, Shape<S>::kLanes);
     parallel(runtime, s.batch * parts, [&](int64_t task) {
         const int64_t n = task / parts, part = task % parts;
