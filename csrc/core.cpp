@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cpu/plan.h"
 
 namespace py = pybind11;
 
@@ -28,6 +29,21 @@ py::dict build_info() {
     info["cuda"] = false;
     info["sanitizers"] = DCD_SANITIZE;
     return info;
+}
+
+// The order of the product that a pointwise layer takes, and what the residual costs a sample in each order.
+py::dict pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t latent_channels, int64_t pixels,
+                        int64_t blocks) {
+    if (in_channels < 1 || out_channels < 1 || latent_channels < 0 || pixels < 0 || blocks < 1)
+        throw py::value_error(
+            "channels and blocks must be positive, latent_channels and pixels not negative");
+    const dcd::ResidualCost cost =
+        dcd::residual_cost(in_channels, out_channels, latent_channels, blocks, pixels);
+    py::dict plan;
+    plan["order"] = latent_channels && cost.synthesis_pays() ? "synthesised" : "factored";
+    plan["synthesised_madds"] = cost.synthesised;
+    plan["factored_madds"] = cost.factored;
+    return plan;
 }
 
 using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
@@ -69,6 +85,10 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "instruction_set", [] { return std::string(dcd::instruction_set()); },
         "The one chosen for this CPU.");
+    m.def("pointwise_plan", &pointwise_plan, py::arg("in_channels"), py::arg("out_channels"),
+          py::arg("latent_channels"), py::arg("pixels"), py::arg("blocks") = 1,
+          "The order a pointwise layer takes, and the multiply-adds of its residual for one sample in each "
+          "order.");
     m.def("pointwise", &pointwise, py::arg("input"), py::arg("weight"), py::arg("p"), py::arg("phi"),
           py::arg("q"), py::arg("lam"),
           "The float64 pointwise kernel on NumPy arrays (N, in_channels, pixels), one thread.");

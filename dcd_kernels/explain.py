@@ -199,6 +199,9 @@ def _judge(op, where, demanded, input, weight, p, phi, q, lam) -> Call:
     note = selection.notes(chosen, dtype)
     if note:
         notes.append(f"{_short(dtype)}: {note}")
+    plan = selection.plan(chosen, op, input, weight, p, phi, q, lam)
+    if plan:
+        notes.append(plan)
     described = {
         "input": input,
         "static" if op == "apply" else "weight": weight,

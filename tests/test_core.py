@@ -89,3 +89,16 @@ except RuntimeError as error:
     assert "the compiled extension is not available" in done.stderr
     assert "pip install --no-build-isolation" in done.stderr
     assert "refused:" in done.stdout and "not available" in done.stdout
+
+
+@needs_extension
+def test_plan_takes_the_order_with_fewer_multiply_adds():
+    from dcd_kernels import _core
+
+    few = _core.pointwise_plan(in_channels=96, out_channels=24, latent_channels=8, pixels=10)
+    many = _core.pointwise_plan(in_channels=96, out_channels=24, latent_channels=8, pixels=3136)
+    assert few["order"] == "factored" and many["order"] == "synthesised"
+    assert few["factored_madds"] == 10 * (8 * (96 + 24) + 8 * 8)
+    assert few["synthesised_madds"] == 96 * 24 * 8 + 24 * 8 * 8 + 96 * 24
+    with pytest.raises(ValueError, match="must be positive"):
+        _core.pointwise_plan(0, 1, 1, 1)

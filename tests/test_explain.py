@@ -89,7 +89,8 @@ def test_text():
 @pytest.mark.skipif(not extension.LOADED, reason=extension.REASON)
 def test_notes():
     half = explained(make_case("pointwise").converted(torch.float16, torch.float32))
-    assert half.calls[0].notes == ("float16: computed in float32 and rounded back",)
+    assert half.calls[0].notes[0] == "float16: computed in float32 and rounded back"
+    assert "output pixels" in half.calls[0].notes[1]
     double = explained(make_case("pointwise"))
     assert "baseline" in double.calls[0].kernel and double.calls[0].notes
     assert "torch's convolution" in str(explained(make_case("centre")))

@@ -52,3 +52,16 @@ def kernel(op: str, dtype: torch.dtype) -> str:
     """What runs a call, in words."""
     isa = "baseline" if dtype == torch.float64 else torch.ops.dcd_kernels.cpu_isa()
     return f"{_KERNELS[op]} ({isa})"
+
+
+def plan(op: str, input: Tensor, weight: Tensor, p: Tensor | None, phi: Tensor | None, *_) -> str | None:
+    """Which order of the product the pointwise kernel takes, or ``None`` where there is nothing to choose."""
+    if op not in ("pointwise", "linear") or p is None:
+        return None
+    from .. import _core  # not needed to compute anything, so not imported before somebody asks
+
+    out_channels, in_channels = weight.shape[:2]
+    blocks = phi.shape[1] if phi.dim() == 4 else 1
+    cost = _core.pointwise_plan(in_channels, out_channels, p.shape[1], 1, blocks)
+    pixels = cost["synthesised_madds"] // cost["factored_madds"]
+    return f"W_n is formed piece by piece in cache above {pixels} output pixels, applied in factors up to that"

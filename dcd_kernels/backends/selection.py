@@ -116,3 +116,8 @@ def kernel(name: str, op: str, dtype: torch.dtype) -> str:
 def notes(name: str, dtype: torch.dtype) -> str:
     """What a user of ``dtype`` should know about the backend called ``name``; empty for nothing."""
     return _BUILT[name].NOTES.get(dtype, "")
+
+
+def plan(name: str, op: str, *tensors: Tensor | None) -> str | None:
+    """What the backend called ``name`` decides by the shape of a call, in words."""
+    return getattr(_BUILT[name], "plan", lambda *_: None)(op, *tensors)

@@ -14,8 +14,9 @@ template <class S, class Params>
 static void input_gradient(const Layer<typename S::Scalar>& layer, const Params& s, bool channels_last,
                            const Runtime& runtime) {
     using T = typename S::Scalar;
-    const bool synthesised = s.latent && layer.weight &&
-                             synthesis_pays(s.in_channels, s.out_channels, s.latent, s.blocks, s.pixels);
+    const bool synthesised =
+        s.latent && layer.weight &&
+        residual_cost(s.in_channels, s.out_channels, s.latent, s.blocks, s.pixels).synthesis_pays();
     const SampleProduct<S> product(layer, Direction::kBackward, channels_last, synthesised);
     const int64_t parts = channel_parts(s.batch, runtime.threads, s.in_channels, Shape<S>::kLanes);
     parallel(runtime, s.batch * parts, [&](int64_t task) {

@@ -3,6 +3,7 @@
 // split.
 #pragma once
 
+#include "../plan.h"
 #include "threads.h"
 
 namespace dcd::DCD_ISA {
@@ -67,16 +68,6 @@ static inline void for_block_and_rest(int64_t b, int64_t size, int64_t c0, int64
     if (c0 < start) f(false, c0, start);
     if (start < end) f(true, start, end);
     if (end < c1) f(false, end, c1);
-}
-
-// Whether synthesis adds fewer multiply-adds to a sample than the factored order does.
-static inline bool synthesis_pays(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t blocks,
-                                  int64_t pixels) {
-    const int64_t product = out_channels * in_channels;
-    const int64_t synthesised =
-        product / blocks * latent + least(out_channels, in_channels) * latent * latent + product;
-    const int64_t factored = pixels * (latent * (in_channels + out_channels) + blocks * latent * latent);
-    return synthesised < factored;
 }
 
 // Rows of W0 so long that a dot product of each with a pixel costs less than the transpose of W0.

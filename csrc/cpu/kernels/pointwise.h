@@ -13,7 +13,8 @@ static void pointwise(const PointwiseParams<typename S::Scalar>& s, const Runtim
     // A single pixel is a column of channels in either layout.
     const bool channels_last = s.channels_last && s.pixels > 1;
     const bool synthesised =
-        s.latent && synthesis_pays(s.in_channels, s.out_channels, s.latent, s.blocks, s.pixels);
+        s.latent &&
+        residual_cost(s.in_channels, s.out_channels, s.latent, s.blocks, s.pixels).synthesis_pays();
     const Layer<T> layer = make_layer<S>(s.in_channels, s.out_channels, s.latent, s.blocks, s.weight, s.p,
                                          s.q, channels_last && (synthesised || !long_rows(s.in_channels)));
     const SampleProduct<S> product(layer, Direction::kForward, channels_last, synthesised);

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which order of the product a layer takes: the cost model, which the kernels ask and `explain` prints.
+#pragma once
+
+#include <cstdint>
+
+namespace dcd {
+
+// Multiply-adds that the dynamic residual adds to one sample, in either order (see kernels/lowrank.h).
+struct ResidualCost {
+    int64_t
+        synthesised;   // Co Ci L / B to form P Phi Q^T, min(Co, Ci) L^2 for P Phi or Phi Q^T, Co Ci to add W0
+    int64_t factored;  // L (Ci + Co) + B L^2 a pixel
+    bool synthesis_pays() const { return synthesised < factored; }
+};
+
+// latent: latent channels of one block.
+ResidualCost residual_cost(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t blocks,
+                           int64_t pixels);
+
+}  // namespace dcd
