@@ -1,0 +1,90 @@
+# Every target makes what it needs by itself. By hand: Python 3.11 or later with venv, a C++17 compiler, make.
+#
+#   make demo         photographs through a dynamic network, and digits learnt from scratch (pictures in demo-output/)
+#   make test         the test suite                        make test-full   all of it, then under sanitizers
+#   make bench        the benchmarks                        make lint        style of Python and C++
+#   make format       put the style right                   make clean       remove what the targets made
+#
+# OMP_NUM_THREADS, PIP_EXTRA_INDEX_URL and the like are taken from the environment as usual.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+# torch comes first and by its exact version: a plain requirement would let the build pull in another one
+TORCH := torch==2.13.0
+BUILD_TOOLS := setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 pybind11==3.1.0 numpy==2.4.6
+TEST_TOOLS := hypothesis==6.170.15
+LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5
+# the system's CMake, if there is one that is new enough
+CMAKE_TOOL = $(shell echo 'cmake_minimum_required(VERSION 3.25)' | cmake -P /dev/stdin 2>/dev/null || echo cmake)
+
+BIN := $(VENV)/bin
+# the build looks for cmake and ninja there
+export PATH := $(abspath $(BIN)):$(PATH)
+CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \) 2>/dev/null)
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CPP)
+
+.PHONY: demo test test-full bench lint format clean install
+
+demo: install
+	$(BIN)/python -m dcd_kernels demo $(DEMO_ARGS)
+
+test: install
+	$(BIN)/python -m pytest -q -m "not full" $(PYTEST_ARGS)
+
+bench: install
+	$(BIN)/python -m dcd_kernels bench $(BENCH_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+install: $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.lint: Makefile | $(BIN)/python
+	$(BIN)/pip install -q $(LINT_TOOLS)
+	touch $@
+
+$(VENV)/.tools: Makefile | $(BIN)/python
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q $(BUILD_TOOLS) $(TEST_TOOLS) $(CMAKE_TOOL)
+	touch $@
+
+# An editable install: Python files are read from here, so only a changed build input makes this run again
+$(VENV)/.installed: $(VENV)/.tools $(BUILD_INPUTS)
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo,test]"
+	@$(BIN)/python -m dcd_kernels info | grep -E '^(built|left out|kernels):'
+	touch $@
+
+# Both sanitizers in one build of its own; torch is not built with them, so their runtime has to be loaded first.
+# Leaks are not looked for: Python and torch keep what they allocate until the process ends.
+SANITIZED := build-sanitize/lib
+SANITIZER_RUNTIME := $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
+SANITIZED_RUN = LD_PRELOAD=$(SANITIZER_RUNTIME) PYTHONPATH=$(SANITIZED) UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1
+
+$(SANITIZED)/.built: $(VENV)/.installed $(wildcard dcd_kernels/*.py dcd_kernels/*/*.py)
+	DCD_CMAKE_ARGS="-DDCD_SANITIZE=address,undefined" $(BIN)/python setup.py -q build \
+		--build-base build-sanitize --build-lib $(SANITIZED)
+	touch $@
+
+test-full: install $(SANITIZED)/.built
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(SANITIZED_RUN) $(BIN)/python -P -c "from dcd_kernels import _core; assert _core.build_info()['sanitizers'], _core"
+	$(SANITIZED_RUN) $(BIN)/pytest -q $(PYTEST_ARGS) -k "not compile" $(SANITIZED_TESTS)
+
+clean:
+	rm -rf $(VENV) build build-sanitize dist *.egg-info demo-output dcd_kernels/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
