@@ -19,7 +19,7 @@ BUILD_TOOLS := setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 pybind11==3.1.0 nu
 TEST_TOOLS := hypothesis==6.170.15
 LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5
 # the system's CMake, if there is one that is new enough
-CMAKE_TOOL = $(shell echo 'cmake_minimum_required(VERSION 3.25)' | cmake -P /dev/stdin 2>/dev/null || echo cmake)
+CMAKE_TOOL = $(shell cmake --version 2>/dev/null | grep -qE 'version (3\.(2[5-9]|[3-9][0-9])|[4-9])' || echo cmake)
 
 BIN := $(VENV)/bin
 # the build looks for cmake and ninja there
