@@ -89,11 +89,9 @@ class LatentGradients {
     void from_pixels(const Map<const T>& input, const Map<const T>& grad, const T* phi, T* d_p, T* d_phi,
                      T* d_q, const Runtime& runtime) const {
         if (!d_p && !d_phi && !d_q) return;
-        const int64_t all = layer_.all_latent(), l = layer_.latent, size = all * pixels_;
-        const bool bare = !layer_.q;
-        const Buffer<T> mixed(d_p ? batch_ * size : 0);  // Phi_n T, [N, B L, P] or [N, P, B L]
-        const Buffer<T> back(d_q ? batch_ * size : 0);   // Phi_n^T H, likewise
-        const int64_t row = channels_last_ ? all : pixels_;
+        const int64_t all = layer_.all_latent(), l = layer_.latent, size = all * least(pixels_, kPixels);
+        const Buffer<T> mixed(d_p ? batch_ * all * pixels_ : 0);  // Phi_n T; see latent_at() for the layout
+        const Buffer<T> back(d_q ? batch_ * all * pixels_ : 0);   // Phi_n^T H
         const SampleProduct<S> forward(layer_, Direction::kForward, channels_last_, false);
         const SampleProduct<S> backward(layer_, Direction::kBackward, channels_last_, false);
         parallel(runtime, batch_, [&](int64_t n) {
@@ -102,45 +100,66 @@ class LatentGradients {
             T *latent = pieces.take(size), *latent_grad = pieces.take(size), *spare = pieces.take(size);
             const T* phi_n = phi + n * layer_.phi_size();
             const T* core = forward.core_for(phi_n, pieces.take(layer_.phi_size()));
-            const T *x = input.data + n * input.sample, *g = grad.data + n * grad.sample;
-            if (d_p || d_phi)
-                forward.project(x, step(input), pixels_, core, 0, layer_.out_channels, latent,
-                                d_p ? mixed.get() + n * size : spare);
-            if (d_q || d_phi)
-                backward.project(g, step(grad), pixels_, phi_n, 0, layer_.in_channels, latent_grad,
-                                 d_q ? back.get() + n * size : spare);
-            if (!d_phi) return;
-            T* out = d_phi + n * layer_.phi_size();
-            if (bare) {
-                outer<S>(channels_last_, latent_grad, row, l, x, step(input), layer_.in_channels, pixels_,
-                         false, out, layer_.in_channels);
-                return;
-            }
-            for (int64_t b = 0; b < layer_.blocks; ++b)
-                outer<S>(channels_last_, part(latent_grad, b, row), row, l, part(latent, b, row), row, l,
-                         pixels_, false, out + b * l * l, l);
+            for_pixels([&](int64_t p0, int64_t count) {
+                const T *x = at(input, n, p0), *g = at(grad, n, p0);
+                if (d_p || d_phi)
+                    forward.project(x, step(input), count, core, 0, layer_.out_channels, latent,
+                                    d_p ? latent_at(mixed.get(), n, p0) : spare);
+                if (d_q || d_phi)
+                    backward.project(g, step(grad), count, phi_n, 0, layer_.in_channels, latent_grad,
+                                     d_q ? latent_at(back.get(), n, p0) : spare);
+                if (!d_phi) return;
+                T* out = d_phi + n * layer_.phi_size();
+                const int64_t row = latent_row(count);
+                if (!layer_.q) {
+                    outer<S>(channels_last_, latent_grad, row, l, x, step(input), layer_.in_channels, count,
+                             p0 > 0, out, layer_.in_channels);
+                    return;
+                }
+                for (int64_t b = 0; b < layer_.blocks; ++b)
+                    outer<S>(channels_last_, part(latent_grad, b, row), row, l, part(latent, b, row), row, l,
+                             count, p0 > 0, out + b * l * l, l);
+            });
         });
         if (d_p) sum_over_samples(grad, mixed.get(), layer_.out_channels, layer_.out_block(), d_p, runtime);
         if (d_q) sum_over_samples(input, back.get(), layer_.in_channels, layer_.in_block(), d_q, runtime);
     }
 
   private:
+    // Pixels whose latents stay in L2; their sums stay short too.
+    static constexpr int64_t kPixels = 2048;
+
+    template <class F>
+    void for_pixels(const F& f) const {
+        for (int64_t p0 = 0; p0 < pixels_; p0 += kPixels) f(p0, least(kPixels, pixels_ - p0));
+    }
     int64_t step(const Map<const T>& map) const { return channels_last_ ? map.pixel : map.channel; }
+    const T* at(const Map<const T>& map, int64_t n, int64_t p0) const {
+        return map.data + n * map.sample + p0 * map.pixel;
+    }
+    // The latents of one run of pixels lie together: [B L, pixels], or [pixels, B L] when channels_last.
+    T* latent_at(T* latents, int64_t n, int64_t p0) const {
+        return latents + (n * pixels_ + p0) * layer_.all_latent();
+    }
+    int64_t latent_row(int64_t count) const { return channels_last_ ? layer_.all_latent() : count; }
     const T* part(const T* latent, int64_t b, int64_t row) const {
         return latent + b * layer_.latent * (channels_last_ ? 1 : row);
     }
 
     // d[c, j] = sum over samples and pixels of map[c] latent[j]
-    void sum_over_samples(const Map<const T>& map, const T* latent, int64_t channels, int64_t block, T* d,
+    void sum_over_samples(const Map<const T>& map, T* latents, int64_t channels, int64_t block, T* d,
                           const Runtime& runtime) const {
-        const int64_t l = layer_.latent, all = layer_.all_latent(), row = channels_last_ ? all : pixels_;
+        const int64_t l = layer_.latent;
         parallel(runtime, chunks(channels), [&](int64_t chunk) {
             const int64_t c0 = chunk * kChunk, c1 = least(c0 + kChunk, channels);
             for (int64_t n = 0; n < batch_; ++n)
-                for_blocks(c0, c1, block, [&](int64_t b, int64_t first, int64_t last) {
-                    outer<S>(channels_last_, map.data + n * map.sample + first * map.channel, step(map),
-                             last - first, part(latent + n * all * pixels_, b, row), row, l, pixels_, n > 0,
-                             d + first * l, l);
+                for_pixels([&](int64_t p0, int64_t count) {
+                    const int64_t row = latent_row(count);
+                    for_blocks(c0, c1, block, [&](int64_t b, int64_t first, int64_t last) {
+                        outer<S>(channels_last_, at(map, n, p0) + first * map.channel, step(map),
+                                 last - first, part(latent_at(latents, n, p0), b, row), row, l, count,
+                                 n > 0 || p0 > 0, d + first * l, l);
+                    });
                 });
         });
     }

@@ -1,76 +1,62 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Portable lanes: a small array that any C++ compiler can map to the vectors of its target. fp32 and fp64.
+// Portable lanes, fp32 and fp64: the vector type of GCC and Clang, which they map to whatever the target has;
+// one lane, a plain number, for other compilers. The same expressions serve both.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace dcd::baseline {
 
 template <class T>
 struct Simd {
     using Scalar = T;
-    static constexpr int kLanes = 16 / sizeof(T);
+#if defined(__GNUC__)
+    typedef T Data __attribute__((vector_size(16)));
+#else
+    typedef T Data;
+#endif
+    static constexpr int kLanes = sizeof(Data) / sizeof(T);
     static constexpr int kRegisters = 16;
 
-#if defined(__GNUC__)
-    // GCC and Clang keep a vector type in a register; they often spill an array.
-    typedef T Data __attribute__((vector_size(16)));
     struct Vec {
         Data v;
     };
-#else
-    struct Vec {
-        T v[kLanes];
-    };
-#endif
 
-    static inline Vec zero() { return set1(T(0)); }
-    static inline Vec set1(T x) {
-        Vec r;
-        for (int i = 0; i < kLanes; ++i) r.v[i] = x;
-        return r;
-    }
+    static inline Vec zero() { return {Data{}}; }
+    static inline Vec set1(T x) { return {x - Data{}}; }  // not x + 0, which would lose the sign of -0
     static inline Vec load(const T* p) {
         Vec r;
-        for (int i = 0; i < kLanes; ++i) r.v[i] = p[i];
+        std::memcpy(&r.v, p, sizeof(Data));
         return r;
     }
-    static inline void store(T* p, Vec x) {
-        for (int i = 0; i < kLanes; ++i) p[i] = x.v[i];
-    }
+    static inline void store(T* p, Vec x) { std::memcpy(p, &x.v, sizeof(Data)); }
     // The first `count` lanes (0 < count <= kLanes); memory behind them is not touched.
     static inline Vec load_first(const T* p, int count) {
-        Vec r = zero();
-        for (int i = 0; i < count; ++i) r.v[i] = p[i];
-        return r;
+        T lanes[kLanes] = {};
+        for (int i = 0; i < count; ++i) lanes[i] = p[i];
+        return load(lanes);
     }
     static inline void store_first(T* p, Vec x, int count) {
-        for (int i = 0; i < count; ++i) p[i] = x.v[i];
+        T lanes[kLanes];
+        store(lanes, x);
+        for (int i = 0; i < count; ++i) p[i] = lanes[i];
     }
 
-#define DCD_LANEWISE(name, ...)             \
-    static inline Vec name(Vec a, Vec b) {  \
-        Vec r;                              \
-        for (int i = 0; i < kLanes; ++i) {  \
-            const T x = a.v[i], y = b.v[i]; \
-            r.v[i] = (__VA_ARGS__);         \
-        }                                   \
-        return r;                           \
-    }
-    DCD_LANEWISE(add, x + y)
-    DCD_LANEWISE(sub, x - y)
-    DCD_LANEWISE(mul, x* y)
-    DCD_LANEWISE(div, x / y)
+    static inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+    static inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+    static inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+    static inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+    static inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
     // max and min return their second operand when either is NaN, so NaN in x propagates.
-    DCD_LANEWISE(max, x > y ? x : y)
-    DCD_LANEWISE(min, x < y ? x : y)
-#undef DCD_LANEWISE
-
-    static inline Vec fma(Vec a, Vec b, Vec c) { return add(mul(a, b), c); }
+    static inline Vec max(Vec bound, Vec x) { return {bound.v > x.v ? bound.v : x.v}; }
+    static inline Vec min(Vec bound, Vec x) { return {bound.v < x.v ? bound.v : x.v}; }
     static inline T sum(Vec x) {
-        T s = x.v[0];
-        for (int i = 1; i < kLanes; ++i) s += x.v[i];
+        T lanes[kLanes];
+        store(lanes, x);
+        T s = lanes[0];
+        for (int i = 1; i < kLanes; ++i) s += lanes[i];
         return s;
     }
     // out[i] = sum of the i-th operand's lanes
@@ -83,9 +69,10 @@ struct Simd {
             for (int r = 0; r < kLanes; ++r) out[c * out_row + r] = in[r * in_row + c];
     }
     static inline Vec exp(Vec x) {
-        Vec r;
-        for (int i = 0; i < kLanes; ++i) r.v[i] = std::exp(x.v[i]);
-        return r;
+        T lanes[kLanes];
+        store(lanes, x);
+        for (int i = 0; i < kLanes; ++i) lanes[i] = std::exp(lanes[i]);
+        return load(lanes);
     }
     static inline void prefetch(const T*) {}
 };
