@@ -29,8 +29,8 @@ def _require_extension() -> None:
         from dcd_kernels import extension
 
         raise ImportError(
-            f"dcd_kernels.ops needs the compiled extension, which is not loaded: {extension.REASON}. "
-            "Without it dcd_kernels.reference serves every form."
+            f"dcd_kernels.ops cannot be imported: {extension.REASON}. "
+            "dcd_kernels.reference serves every form without it."
         )
 
 
