@@ -9,12 +9,15 @@ LatentShape check_apply(const Tensor& fixed, const Tensor& input, const Optional
                         const OptionalTensor& phi, const OptionalTensor& q, const OptionalTensor& lam) {
     STD_TORCH_CHECK(fixed.dim() >= 3,
                     "static must have a batch, a channel and at least one spatial dimension");
-    check_cpu({{"static", fixed}, {"input", input}, {"p", p}, {"phi", phi}, {"q", q}, {"lam", lam}});
+    STD_TORCH_CHECK(fixed.size(1) > 0 && input.size(1) > 0,
+                    "static and input must have at least one channel");
+    check_operands(fixed, "static",
+                   {{"input", input}, {"p", p}, {"phi", phi, true}, {"q", q}, {"lam", lam, true}});
     if (p) {
         std::vector<int64_t> sizes = sizes_of(fixed);
         STD_TORCH_CHECK(input.dim() == fixed.dim(), "input must have as many dimensions as static");
         sizes[1] = input.size(1);
-        STD_TORCH_CHECK(sizes_of(input) == sizes, "input must have the batch and the spatial size of static");
+        check_like(input, "input", sizes);
     }
     check_lam(lam, fixed.size(0), fixed.size(1));
     return check_latent(p, phi, q, fixed.size(0), input.size(1), fixed.size(1), true);
@@ -31,11 +34,11 @@ Tensor apply(const Tensor& fixed,             // [N, Co, *spatial], the static o
              const OptionalTensor& residual,  // [N, Co, *spatial]
              int64_t activation) {
     const LatentShape shape = check_apply(fixed, input, p, phi, q, lam);
-    check_cpu({{"bias", bias}, {"residual", residual}});
+    check_activation(activation);
+    check_operands(fixed, "static", {{"bias", bias, true}, {"residual", residual}});
     const int64_t out_channels = fixed.size(1);
     check_bias(bias, fixed.size(0), out_channels);
-    if (residual)
-        STD_TORCH_CHECK(sizes_of(*residual) == sizes_of(fixed), "residual must have the shape of static");
+    if (residual) check_like(*residual, "residual", sizes_of(fixed));
 
     const ScalarType type = compute_type(fixed);
     const bool channels_last = is_channels_last(fixed);
@@ -75,8 +78,8 @@ SixTensors apply_backward(const Tensor& grad,         // [N, Co, *spatial]
                           const OptionalTensor& lam,  // [N, Co]
                           int64_t needs) {
     const LatentShape shape = check_apply(fixed, input, p, phi, q, lam);
-    check_cpu({{"grad", grad}});
-    STD_TORCH_CHECK(sizes_of(grad) == sizes_of(fixed), "grad must have the shape of static");
+    check_operands(fixed, "static", {{"grad", grad, true}});
+    check_like(grad, "grad", sizes_of(fixed));
 
     const ScalarType type = compute_type(fixed);
     const bool channels_last = is_channels_last(fixed), input_channels_last = is_channels_last(input);

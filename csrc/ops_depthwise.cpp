@@ -24,7 +24,8 @@ DepthwiseShape check_depthwise(const Tensor& input, const Tensor& weight, const 
     const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
     STD_TORCH_CHECK(weight.size(1) == 1 && in_channels > 0 && out_channels % in_channels == 0,
                     "weight must have shape (multiplier * in_channels, 1, *kernel_size)");
-    check_cpu({{"input", input}, {"weight", weight}, {"p", p}, {"phi", phi}, {"r", r}, {"lam", lam}});
+    check_operands(input, "input",
+                   {{"weight", weight}, {"p", p}, {"phi", phi, true}, {"r", r}, {"lam", lam, true}});
     check_lam(lam, batch, out_channels);
     DepthwiseShape shape{0, {batch, out_channels}};
     int64_t taps = 1;
@@ -98,10 +99,10 @@ Tensor depthwise(const Tensor& input,             // [N, Ci, *spatial]
                  const OptionalTensor& residual,  // [N, Co, *out_spatial]
                  const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t activation) {
     const DepthwiseShape shape = check_depthwise(input, weight, p, phi, r, lam, stride, padding, dilation);
-    check_cpu({{"bias", bias}, {"residual", residual}});
+    check_activation(activation);
+    check_operands(input, "input", {{"bias", bias, true}, {"residual", residual}});
     check_bias(bias, input.size(0), weight.size(0));
-    if (residual)
-        STD_TORCH_CHECK(sizes_of(*residual) == shape.out_sizes, "residual must have the shape of the output");
+    if (residual) check_like(*residual, "residual", shape.out_sizes);
     const ScalarType type = compute_type(input);
     const Tensor output = empty_map(shape.out_sizes, is_channels_last(input), type);
     if (output.numel() == 0) return in_type(output, input.scalar_type());
@@ -137,8 +138,8 @@ SixTensors depthwise_backward(const Tensor& grad,         // [N, Co, *out_spatia
                               const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                               int64_t needs) {
     const DepthwiseShape shape = check_depthwise(input, weight, p, phi, r, lam, stride, padding, dilation);
-    check_cpu({{"grad", grad}});
-    STD_TORCH_CHECK(sizes_of(grad) == shape.out_sizes, "grad must have the shape of the output");
+    check_operands(input, "input", {{"grad", grad, true}});
+    check_like(grad, "grad", shape.out_sizes);
     const ScalarType type = compute_type(input);
     const Gradients wanted{needs, type, grad.numel() == 0};
     const Tensor d_input = wanted.map(0, input, is_channels_last(input));

@@ -21,19 +21,21 @@ Tensor pointwise(const Tensor& input,             // [N, Ci, *spatial]
     const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
     check_sizes(weight, "weight", {out_channels, in_channels});
     const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-    check_cpu({{"input", input},
-               {"weight", weight},
-               {"p", p},
-               {"phi", phi},
-               {"q", q},
-               {"lam", lam},
-               {"bias", bias},
-               {"residual", residual}});
+    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0, "input and weight must have at least one channel");
+    check_activation(activation);
+    check_operands(input, "input",
+                   {{"weight", weight},
+                    {"p", p},
+                    {"phi", phi, true},
+                    {"q", q},
+                    {"lam", lam, true},
+                    {"bias", bias, true},
+                    {"residual", residual}});
     check_lam(lam, batch, out_channels);
     check_bias(bias, batch, out_channels);
     std::vector<int64_t> sizes = sizes_of(input);
     sizes[1] = out_channels;
-    if (residual) STD_TORCH_CHECK(sizes_of(*residual) == sizes, "residual must have the shape of the output");
+    if (residual) check_like(*residual, "residual", sizes);
 
     const ScalarType type = compute_type(input);
     const bool channels_last = is_channels_last(input);
@@ -79,17 +81,18 @@ SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
     const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
     check_sizes(weight, "weight", {out_channels, in_channels});
     const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-    check_cpu({{"grad", grad},
-               {"input", input},
-               {"weight", weight},
-               {"p", p},
-               {"phi", phi},
-               {"q", q},
-               {"lam", lam}});
+    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0, "input and weight must have at least one channel");
+    check_operands(input, "input",
+                   {{"grad", grad, true},
+                    {"weight", weight},
+                    {"p", p},
+                    {"phi", phi, true},
+                    {"q", q},
+                    {"lam", lam, true}});
     check_lam(lam, batch, out_channels);
     std::vector<int64_t> sizes = sizes_of(input);
     sizes[1] = out_channels;
-    STD_TORCH_CHECK(sizes_of(grad) == sizes, "grad must have the shape of the output");
+    check_like(grad, "grad", sizes);
 
     const ScalarType type = compute_type(input);
     const bool channels_last = is_channels_last(input);

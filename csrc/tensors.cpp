@@ -211,10 +211,30 @@ void check_bias(const OptionalTensor& bias, int64_t batch, int64_t out_channels)
         check_sizes(*bias, "bias", {batch, out_channels});
 }
 
-void check_cpu(std::initializer_list<std::pair<const char*, OptionalTensor>> tensors) {
-    for (const auto& [name, tensor] : tensors)
-        STD_TORCH_CHECK(!tensor || tensor->is_cpu(), name,
-                        " must be on the CPU, like the other tensors of the call");
+void check_operands(const Tensor& image, const char* image_name, const std::vector<Operand>& operands) {
+    STD_TORCH_CHECK(image.is_cpu(), image_name, " must be on the CPU");
+    compute_type(image);
+    const ScalarType type = image.scalar_type();
+    const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
+    for (const auto& [name, tensor, may_be_single] : operands) {
+        if (!tensor) continue;
+        STD_TORCH_CHECK(tensor->is_cpu(), name, " must be on the CPU like ", image_name);
+        const ScalarType own = tensor->scalar_type();
+        STD_TORCH_CHECK(own == type || (half && may_be_single && own == ScalarType::Float), name,
+                        " must have the dtype of ", image_name, ", ", torch::headeronly::toString(type),
+                        half && may_be_single ? ", or Float" : "", ", got ",
+                        torch::headeronly::toString(own));
+    }
+}
+
+void check_activation(int64_t activation) {
+    STD_TORCH_CHECK(activation >= kNone && activation <= kHardswish, "activation must be a code from ",
+                    static_cast<int>(kNone), " to ", static_cast<int>(kHardswish), ", got ", activation);
+}
+
+void check_like(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {
+    STD_TORCH_CHECK(sizes_of(tensor) == sizes, name, " must have shape ", text(sizes.data(), sizes.size()),
+                    ", got ", text(tensor));
 }
 
 Tensor Gradients::map(int i, const Tensor& like, bool channels_last) const {

@@ -23,8 +23,19 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Raises unless every given tensor is on the CPU: the dispatcher only looks at the highest key among them.
-void check_cpu(std::initializer_list<std::pair<const char*, OptionalTensor>> tensors);
+// A tensor beside the one that sets the type and the device. lam, phi and bias may be fp32 beside half
+// precision.
+struct Operand {
+    const char* name;
+    OptionalTensor tensor;
+    bool may_be_single = false;
+};
+
+// Raises unless every given operand is on the CPU and of the type of `image`, or fp32 where that is allowed.
+void check_operands(const Tensor& image, const char* image_name, const std::vector<Operand>& operands);
+void check_activation(int64_t activation);
+// Raises unless the two shapes are the same.
+void check_like(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes);
 
 // fp32 and fp64 are computed as they are, half precision in fp32.
 ScalarType compute_type(const Tensor& input);

@@ -197,3 +197,24 @@ def test_unknown_instruction_set():
     with pytest.raises(RuntimeError, match="isa"):
         torch.ops.dcd_kernels.set_cpu_isa("sse9")
     assert torch.ops.dcd_kernels.cpu_isa() == before
+
+
+@pytest.mark.parametrize("code", (-1, 5))
+def test_unknown_activation(code):
+    with pytest.raises(RuntimeError, match="activation"):
+        torch.ops.dcd_kernels.pointwise(*operands(WHOLE), code)
+
+
+def test_no_input_channels():
+    tensors = operands(WHOLE)
+    tensors[0], tensors[1], tensors[4] = tensors[0][:, :0], tensors[1][:, :0], tensors[4][:0]
+    with pytest.raises(RuntimeError, match="at least one channel"):
+        call(WHOLE, tensors)
+
+
+@pytest.mark.parametrize("place", (1, 2, 4, 7))
+def test_mixed_dtypes(place):
+    tensors = operands(WHOLE)
+    tensors[place] = tensors[place].double()
+    with pytest.raises(RuntimeError, match=WHOLE.names[place]):
+        call(WHOLE, tensors)
