@@ -146,7 +146,9 @@ SixTensors depthwise_backward(const Tensor& grad,         // [N, Co, *out_spatia
     const Tensor d_weight = wanted.dense(1, weight), d_p = wanted.dense(2, p), d_phi = wanted.dense(3, phi);
     const Tensor d_r = wanted.dense(4, r), d_lam = wanted.dense(5, lam);
     if (!wanted.all_zero) {
-        const Tensor x = in_type(input, type), g = in_type(grad, type), w = dense(weight, type);
+        // in the input's layout, for a gradient in another one is read an element at a time
+        const Tensor x = in_type(input, type), g = as_map(grad, is_channels_last(input), type);
+        const Tensor w = dense(weight, type);
         const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), r_ = dense(r, type),
                              lam_ = dense(lam, type);
         with_type(type, [&](auto zero) {

@@ -5,8 +5,8 @@
 namespace dcd::simd {
 
 // Range reduction x = n ln2 + r, |r| <= ln2 / 2, then a degree-6 Taylor-like polynomial in r; below 2 ulp.
-// ln2 is split in two so that r keeps its digits for large n. NaN comes back as NaN, x above 88.03 as infinity
-// and x below -87.33 as a value near FLT_MIN, which is all that the activations need.
+// ln2 is split in two so that r keeps its digits for large n. NaN comes back as NaN, x above 88.03 as
+// infinity and x below -87.33 as a value near FLT_MIN, which is all that the activations need.
 template <class S>
 static inline typename S::Vec exp(typename S::Vec x) {
     using V = typename S::Vec;
