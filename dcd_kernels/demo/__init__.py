@@ -62,6 +62,13 @@ def run_photographs(options: argparse.Namespace, console: Console) -> bool:
         "with one thread. The static twin has the same layers without λ and Φ.\n",
         highlight=False,
     )
+    fused = list(rows[0].milliseconds.values())
+    if fused[-1] > fused[0]:
+        console.print(
+            "[yellow]More threads were slower than one: other programs kept the cores busy, and these times "
+            "say little. Run it again on a quiet machine.[/]\n",
+            highlight=False,
+        )
     path = options.out / "formulations.png"
     title = f"DCD-MobileNetV2 ×1.0, one forward pass over {len(taken)} photographs, random weights"
     note = f"{info.one_line()}. {how}"
