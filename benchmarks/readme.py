@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Writes the README's numbers from the rows under results/: `python -m benchmarks.readme [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+
+from .candidates import BMM, FACTORED, FORWARD, GROUPED, OURS, STATIC, TRAINING
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+START = "<!-- numbers: rows written by benchmarks/ -->"
+END = "<!-- end of the numbers -->"
+
+# What is compared: title, task, instruction set asked for, numerator, denominator.
+LINES = (
+    ("fused ÷ best static convolution", FORWARD, "native", OURS, STATIC),
+    ("W_n written out, grouped convolution ÷ fused", FORWARD, "native", GROUPED, OURS),
+    ("W_n written out, `bmm` ÷ fused", FORWARD, "native", BMM, OURS),
+    ("factored in eager PyTorch ÷ fused", FORWARD, "native", FACTORED, OURS),
+    ("forward + backward: fused ÷ best static convolution", TRAINING, "native", OURS, STATIC),
+    ("forward + backward: factored in eager PyTorch ÷ fused", TRAINING, "native", FACTORED, OURS),
+    ("AVX2 only: fused ÷ best static convolution", FORWARD, "avx2", OURS, STATIC),
+)
+
+
+def latest(rows: Sequence[dict], task: str, isa: str) -> list[dict]:
+    """The timed rows of the newest run of a task at an instruction set."""
+    found = [row for row in rows if row["task"] == task and row["isa"] == isa and row["p50_us"]]
+    newest = max((row["date"] for row in found), default=None)
+    return [row for row in found if row["date"] == newest]
+
+
+def ratios(rows: Sequence[dict], numerator: str, denominator: str) -> list[tuple[float, str]]:
+    """(ratio, case) of every case, by the ratios paired with best static; a group is its fastest member."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        case = (row["in_channels"], row["out_channels"], row["size"], row["batch"])
+        best = cases.setdefault(case, {})
+        if row["group"] not in best or float(row["p50_us"]) < float(best[row["group"]]["p50_us"]):
+            best[row["group"]] = row
+    found = []
+    for (ci, co, size, batch), best in cases.items():
+        if numerator in best and denominator in best:
+            above, below = (float(best[group]["ratio_to_best_static"]) for group in (numerator, denominator))
+            value = above / below
+            found.append((value, f"{ci}→{co}@{size}, batch {batch}"))
+    return found
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The README's table, as Markdown."""
+    lines = ["| ratio of times | geometric mean | best | worst |", "| --- | --- | --- | --- |"]
+    runs = {}
+    for title, task, isa, numerator, denominator in LINES:
+        measured = latest(rows, task, isa)
+        values = ratios(measured, numerator, denominator)
+        if not values:
+            continue
+        runs[measured[0]["date"]] = measured[0]
+        mean = statistics.geometric_mean(value for value, _ in values)
+        low, high = min(values), max(values)
+        best, worst = (low, high) if numerator == OURS else (high, low)
+        cells = (title, f"**{mean:.2f}**", *(f"{value:.2f} ({case})" for value, case in (best, worst)))
+        lines.append("| " + " | ".join(cells) + " |")
+    sources = sorted(
+        {(run["cpu"], run["torch"], run["commit"][:12], date[:10]) for date, run in runs.items()}
+    )
+    lines.append("")
+    lines.extend(
+        f"{cpu}, one thread, torch {torch}, commit {commit}, {date}." for cpu, torch, commit, date in sources
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README differs")
+    options = parser.parse_args(arguments)
+    rows = []
+    for path in sorted(RESULTS.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows.extend(csv.DictReader(stream))
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    wanted = f"{before}{START}\n{table(rows)}\n{END}{after}"
+    if options.check:
+        return int(wanted != text)
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
