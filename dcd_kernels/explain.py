@@ -8,6 +8,7 @@ table of their own.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -95,8 +96,10 @@ def explain(fn_or_module: Callable, *args, **kwargs) -> Explanation:
     """Which kernel each dynamic operator in ``fn_or_module(*args, **kwargs)`` runs on, and why not another.
 
     The call is made, but without gradients; a module's buffers (running statistics) and the random state stay
-    as they were. Compiled functions run uncompiled here. If the backend that :class:`use_backend` demands
-    cannot run an operator, the answer is what 'auto' takes, with a note that the real call raises.
+    as they were. Compiled functions run uncompiled here. Only what the calling thread calls is recorded;
+    other threads keep their backend, but should not run the same module meanwhile. If the backend that
+    :class:`use_backend` demands cannot run an operator, the answer is what 'auto' takes, with a note that the
+    real call raises.
 
     Args:
         fn_or_module: a public function (``dcd.dcd_conv2d``), any callable that calls one, or a module.
@@ -122,7 +125,7 @@ def explain(fn_or_module: Callable, *args, **kwargs) -> Explanation:
         torch.no_grad(),
         torch.random.fork_rng(),
         torch.compiler.set_stance("force_eager"),
-        _observing(observe),
+        selection.observed_by(observe),
         _naming(fn_or_module, names),
     ):
         if isinstance(fn_or_module, nn.Module):
@@ -179,7 +182,7 @@ _PROBES = (
 )
 
 
-def _judge(op, where, demanded, input, weight, p, phi, q, lam) -> Call:
+def _judge(op, where, demanded, input, weight, p, phi, q, lam, size) -> Call:
     verdicts = []
     for name in selection.NAMES[1:]:
         able, reason = selection.ask(name, op, input, weight, p, phi, q, lam)
@@ -199,7 +202,7 @@ def _judge(op, where, demanded, input, weight, p, phi, q, lam) -> Call:
     note = selection.notes(chosen, dtype)
     if note:
         notes.append(f"{_short(dtype)}: {note}")
-    plan = selection.plan(chosen, op, input, weight, p, phi, q, lam)
+    plan = selection.plan(chosen, op, size, input, weight, p, phi, q, lam)
     if plan:
         notes.append(plan)
     described = {
@@ -217,32 +220,21 @@ def _judge(op, where, demanded, input, weight, p, phi, q, lam) -> Call:
 
 
 @contextlib.contextmanager
-def _observing(observe: Callable[..., None]) -> Iterator[None]:
-    """Every choice of a backend passes ``observe``; 'auto' meanwhile, so that no demand stops the call."""
-    before = selection._observer
-    selection._observer = observe
-    demanded = selection.current()
-    selection.use_backend("auto")
-    try:
-        yield
-    finally:
-        selection._observer = before
-        selection.use_backend(demanded)
-
-
-@contextlib.contextmanager
 def _naming(fn_or_module, names: list[str]) -> Iterator[None]:
     """Keeps the qualified names of the submodules that are running in ``names``, innermost last."""
     handles = []
+    owner = threading.get_ident()  # a module that another thread runs too is not where this one is
     if isinstance(fn_or_module, nn.Module):
         for name, module in fn_or_module.named_modules():
             label = f"{name} ({type(module).__name__})" if name else type(module).__name__
 
             def enter(_module, _args, label=label):
-                names.append(label)
+                if threading.get_ident() == owner:
+                    names.append(label)
 
             def leave(_module, _args, _output):
-                names.pop()
+                if threading.get_ident() == owner:
+                    names.pop()
 
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))

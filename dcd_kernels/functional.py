@@ -229,7 +229,10 @@ def _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activa
         if selection.select("pointwise", input, weight, p, phi, q, lam) != "reference":
             code = _CODES[activation]
             return ops.pointwise(input, weight.flatten(1), p, phi, q, lam, bias, residual, code)
-    elif selection.select(plan.form, input, weight, p, phi, r if q is None else q, lam) != "reference":
+    elif (
+        selection.select(plan.form, input, weight, p, phi, r if q is None else q, lam, plan.geometry.output)
+        != "reference"
+    ):
         return _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, _CODES[activation])
     return reference.conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_text():
 def test_notes():
     half = explained(make_case("pointwise").converted(torch.float16, torch.float32))
     assert half.calls[0].notes[0] == "float16: computed in float32 and rounded back"
-    assert "output pixels" in half.calls[0].notes[1]
+    assert "20 output pixels" in half.calls[0].notes[1]
     double = explained(make_case("pointwise"))
     assert "baseline" in double.calls[0].kernel and double.calls[0].notes
     assert "torch's convolution" in str(explained(make_case("centre")))
@@ -138,11 +139,90 @@ def test_compiled_module_runs_uncompiled(fresh_compiler):
     assert "1. first (Layer)" in text
 
 
+@pytest.mark.skipif(not extension.LOADED, reason=extension.REASON)
+@pytest.mark.parametrize(
+    "form,options,pixels",
+    [
+        ("pointwise", {"size": (8, 8)}, 64),
+        ("pointwise", {"size": (8, 8), "stride": 8}, 1),
+        ("pointwise", {"size": (3, 3), "stride": 2, "padding": 1}, 9),
+        ("blocks", {"size": (8, 8)}, 64),
+        ("linear", {}, 1),
+        ("linear rows", {}, 6),
+    ],
+)
+def test_order_of_the_product_of_this_call(form, options, pixels):
+    case = make_case(form, in_channels=64, out_channels=64, latent=8, **options)
+    from dcd_kernels import _core
+
+    blocks = 2 if form == "blocks" else 1
+    order = _core.pointwise_plan(64, 64, 8, pixels, blocks)["order"]
+    (note,) = [note for note in explained(case).calls[0].notes if "output pixel" in note]
+    words = {"synthesised": "synthesised in cache", "factored": "applied in factors"}
+    assert words[order] in note and f": {pixels} output pixel" in note
+    limit = int(note.rpartition(" ")[2])
+    assert _core.pointwise_plan(64, 64, 8, limit, blocks)["order"] == "factored"
+    assert _core.pointwise_plan(64, 64, 8, limit + 1, blocks)["order"] == "synthesised"
+
+
+def test_order_is_left_out_without_the_module_that_knows(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dcd_kernels._core", None)
+    monkeypatch.delattr(dcd, "_core", raising=False)
+    assert "output pixel" not in str(explained(make_case("pointwise")))
+
+
+def test_other_threads_keep_their_backend_and_are_not_recorded():
+    case = make_case("pointwise")
+    chosen, failed = [], []
+
+    def elsewhere():
+        chosen.append(functional.selection.select("linear", torch.ones(2, 2), torch.ones(2, 2)))
+        try:
+            with dcd.use_backend("triton"):
+                case.run(dcd)
+        except RuntimeError as error:
+            failed.append(str(error))
+
+    def here(**arguments):
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+        return dcd.dcd_conv2d(**arguments)
+
+    with dcd.use_backend("reference"):
+        (call,) = explain(here, **case.tensors, **case.options).calls
+    assert call.op == "pointwise" and call.demanded == "reference"
+    assert chosen == ["reference"]
+    assert failed and "'triton' cannot run" in failed[0]
+    assert not selection._observed
+
+
+def test_a_module_that_another_thread_runs_too_keeps_its_names():
+    network = Network()
+    x = torch.randn(2, 6, 5, 4)
+    inner = []
+
+    class Meanwhile(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            if threading.current_thread() is threading.main_thread() and not inner:
+                inner.append(threading.Thread(target=lambda: network(x)))
+                inner[0].start()
+                inner[0].join()
+            return self.network(x)
+
+    names = [call.where for call in explain(Meanwhile(), x).calls]
+    assert names == ["network.first (Layer): ", "network.second (Layer): "]
+
+
 def test_hooks_go_when_the_call_raises():
     network = Network()
     with pytest.raises(ValueError, match="batched"):
         explain(network.second, torch.randn(6, 5, 4))
-    assert not network.second._forward_hooks and selection._observer is None
+    assert not network.second._forward_hooks and not selection._observed
     assert selection.current() == "auto"
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,14 +56,34 @@ def kernel(op: str, dtype: torch.dtype) -> str:
     return f"{_KERNELS[op]} ({isa})"
 
 
-def plan(op: str, input: Tensor, weight: Tensor, p: Tensor | None, phi: Tensor | None, *_) -> str | None:
-    """Which order of the product the pointwise kernel takes, or ``None`` where there is nothing to choose."""
+def plan(
+    op: str,
+    size: tuple[int, ...] | None,
+    input: Tensor,
+    weight: Tensor,
+    p: Tensor | None,
+    phi: Tensor | None,
+    *_,
+) -> str | None:
+    """Which order of the product this call takes, or ``None`` where there is no choice or nothing to ask.
+
+    ``size`` is the output's spatial size where it is not the input's.
+    """
     if op not in ("pointwise", "linear") or p is None:
         return None
-    from .. import _core  # not needed to compute anything, so not imported before somebody asks
-
+    try:
+        from .. import _core  # not needed to compute anything, so not imported before somebody asks
+    except ImportError:
+        return None
+    if size is None:
+        size = tuple(input.shape[1:-1] if op == "linear" else input.shape[2:])
+    pixels = math.prod(size)
     out_channels, in_channels = weight.shape[:2]
     blocks = phi.shape[1] if phi.dim() == 4 else 1
-    cost = _core.pointwise_plan(in_channels, out_channels, p.shape[1], 1, blocks)
-    pixels = cost["synthesised_madds"] // cost["factored_madds"]
-    return f"W_n is formed piece by piece in cache above {pixels} output pixels, applied in factors up to that"
+    sizes = (in_channels, out_channels, p.shape[1])
+    cost = _core.pointwise_plan(*sizes, 1, blocks)
+    limit = cost["synthesised_madds"] // cost["factored_madds"]
+    counted = f"{pixels} output pixel{'' if pixels == 1 else 's'}"
+    if _core.pointwise_plan(*sizes, pixels, blocks)["order"] == "synthesised":
+        return f"W_n is synthesised in cache: {counted}, more than {limit}"
+    return f"W_n is applied in factors: {counted}, not more than {limit}"

@@ -9,8 +9,10 @@ Environment: ``DCD_KERNELS_BACKEND``, read at import, sets what :class:`use_back
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
@@ -35,7 +37,9 @@ def _valid(name: str, source: str) -> str:
 # Plain module globals: torch.compile reads and guards them, and reading one costs nothing on the way to a
 # kernel.
 _requested: str = _valid(os.environ.get(ENVIRONMENT, "").strip().lower() or "auto", ENVIRONMENT)
-_observer: Callable | None = None
+_observed: int = 0  # threads that are being observed; no other reads more than this number
+_observed_lock = threading.Lock()
+_thread = threading.local()
 
 
 class use_backend:
@@ -77,15 +81,22 @@ def select(
     phi: Tensor | None = None,
     q: Tensor | None = None,
     lam: Tensor | None = None,
+    size: tuple[int, ...] | None = None,
 ) -> str:
     """Name of the backend for a checked call of ``op``, one of ``OPS``.
+
+    ``size`` is the output's spatial size where a stride or padding makes it another than the input's.
 
     Raises:
         RuntimeError: a backend was chosen by name and cannot run this call.
     """
-    if _observer is not None:
-        _observer(op, input, weight, p, phi, q, lam)
-    if _requested == "auto":
+    automatic = _requested == "auto"
+    if _observed:
+        observe = getattr(_thread, "observe", None)
+        if observe is not None:
+            observe(op, input, weight, p, phi, q, lam, size)
+            automatic = True
+    if automatic:
         for backend in _AUTO:
             if backend.can_run(op, input, weight, p, phi, q, lam)[0]:
                 return backend.NAME
@@ -95,6 +106,22 @@ def select(
             f"backend '{_requested}' cannot run {op}: {reason}; use_backend('auto') takes another one"
         )
     return _requested
+
+
+@contextlib.contextmanager
+def observed_by(observe: Callable[..., None]) -> Iterator[None]:
+    """Every choice of a backend in this thread passes ``observe``; 'auto' meanwhile, whatever is demanded."""
+    global _observed
+    before = getattr(_thread, "observe", None)
+    _thread.observe = observe
+    with _observed_lock:
+        _observed += 1
+    try:
+        yield
+    finally:
+        _thread.observe = before
+        with _observed_lock:
+            _observed -= 1
 
 
 def ask(name: str, op: str, *tensors: Tensor | None) -> tuple[bool, str]:
@@ -118,6 +145,6 @@ def notes(name: str, dtype: torch.dtype) -> str:
     return _BUILT[name].NOTES.get(dtype, "")
 
 
-def plan(name: str, op: str, *tensors: Tensor | None) -> str | None:
-    """What the backend called ``name`` decides by the shape of a call, in words."""
-    return getattr(_BUILT[name], "plan", lambda *_: None)(op, *tensors)
+def plan(name: str, op: str, size: tuple[int, ...] | None, *tensors: Tensor | None) -> str | None:
+    """What the backend called ``name`` decides by the shape of a call, in words; ``size`` as in select."""
+    return getattr(_BUILT[name], "plan", lambda *_: None)(op, size, *tensors)
