@@ -30,14 +30,14 @@ STABLE_TORCH_LIBRARY(dcd_kernels, m) {
     m.def("cpu_isa() -> str");
     m.def("set_cpu_isa(str isa) -> ()");
     m.def("has_cpu_isa(str isa) -> bool");
-    m.def("poison(bool on) -> ()");
+    m.def("_poison(bool on) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcd_kernels, CompositeExplicitAutograd, m) {
     m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
     m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
     m.impl("has_cpu_isa", TORCH_BOX(&has_cpu_isa));
-    m.impl("poison", TORCH_BOX(&poison));
+    m.impl("_poison", TORCH_BOX(&poison));
 }
 
 }  // namespace dcd

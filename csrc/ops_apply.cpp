@@ -7,15 +7,15 @@ namespace {
 
 LatentShape check_apply(const Tensor& fixed, const Tensor& input, const OptionalTensor& p,
                         const OptionalTensor& phi, const OptionalTensor& q, const OptionalTensor& lam) {
-    STD_TORCH_CHECK(fixed.dim() >= 3,
-                    "static must have a batch, a channel and at least one spatial dimension");
+    check_rank(fixed, "static", 3, false);
+    check_rank(input, "input", p ? fixed.dim() : 2, p.has_value());
     STD_TORCH_CHECK(fixed.size(1) > 0 && input.size(1) > 0,
-                    "static and input must have at least one channel");
+                    "static and input must have at least one channel, got ", fixed.size(1), " and ",
+                    input.size(1));
     check_operands(fixed, "static",
                    {{"input", input}, {"p", p}, {"phi", phi, true}, {"q", q}, {"lam", lam, true}});
     if (p) {
         std::vector<int64_t> sizes = sizes_of(fixed);
-        STD_TORCH_CHECK(input.dim() == fixed.dim(), "input must have as many dimensions as static");
         sizes[1] = input.size(1);
         check_like(input, "input", sizes);
     }

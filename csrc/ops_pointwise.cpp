@@ -15,13 +15,14 @@ Tensor pointwise(const Tensor& input,             // [N, Ci, *spatial]
                  const OptionalTensor& bias,      // [Co] or [N, Co]
                  const OptionalTensor& residual,  // [N, Co, *spatial]
                  int64_t activation) {
-    STD_TORCH_CHECK(input.dim() >= 3,
-                    "input must have a batch, a channel and at least one spatial dimension");
-    STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (out_channels, in_channels)");
+    check_rank(input, "input", 3, false);
+    check_rank(weight, "weight", 2, true);
     const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
     check_sizes(weight, "weight", {out_channels, in_channels});
     const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0, "input and weight must have at least one channel");
+    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0,
+                    "input and weight must have at least one channel, got ", in_channels, " and ",
+                    out_channels);
     check_activation(activation);
     check_operands(input, "input",
                    {{"weight", weight},
@@ -75,13 +76,14 @@ SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
                               const OptionalTensor& q,    // [Ci, L]
                               const OptionalTensor& lam,  // [N, Co]
                               int64_t needs) {
-    STD_TORCH_CHECK(input.dim() >= 3,
-                    "input must have a batch, a channel and at least one spatial dimension");
-    STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (out_channels, in_channels)");
+    check_rank(input, "input", 3, false);
+    check_rank(weight, "weight", 2, true);
     const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
     check_sizes(weight, "weight", {out_channels, in_channels});
     const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0, "input and weight must have at least one channel");
+    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0,
+                    "input and weight must have at least one channel, got ", in_channels, " and ",
+                    out_channels);
     check_operands(input, "input",
                    {{"grad", grad, true},
                     {"weight", weight},

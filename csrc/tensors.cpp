@@ -6,8 +6,6 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/scratch.h"
-
 namespace dcd {
 namespace {
 
@@ -230,6 +228,11 @@ void check_operands(const Tensor& image, const char* image_name, const std::vect
 void check_activation(int64_t activation) {
     STD_TORCH_CHECK(activation >= kNone && activation <= kHardswish, "activation must be a code from ",
                     static_cast<int>(kNone), " to ", static_cast<int>(kHardswish), ", got ", activation);
+}
+
+void check_rank(const Tensor& tensor, const char* name, int64_t rank, bool exact) {
+    STD_TORCH_CHECK(exact ? tensor.dim() == rank : tensor.dim() >= rank, name, " must have ",
+                    exact ? "" : "at least ", rank, " dimensions, got shape ", text(tensor));
 }
 
 void check_like(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {

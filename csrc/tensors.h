@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace dcd {
 
@@ -34,6 +35,8 @@ struct Operand {
 // Raises unless every given operand is on the CPU and of the type of `image`, or fp32 where that is allowed.
 void check_operands(const Tensor& image, const char* image_name, const std::vector<Operand>& operands);
 void check_activation(int64_t activation);
+// Raises unless `tensor` has at least `rank` dimensions, or just as many when `exact`.
+void check_rank(const Tensor& tensor, const char* name, int64_t rank, bool exact);
 // Raises unless the two shapes are the same.
 void check_like(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes);
 
@@ -95,9 +98,25 @@ Runtime torch_runtime();
 // Tests ask for it, so that an element nobody wrote shows up as NaN.
 void poison_outputs(bool on);
 
-// f(T{}) with T the type computed in.
+// Around every launch, on the calling thread; parallel() does the same on the others.
+class LaunchScope {
+  public:
+    LaunchScope() = default;
+    ~LaunchScope() {
+        trim_scratch(Scratch::kTask);
+        trim_scratch(Scratch::kShared);
+    }
+    LaunchScope(const LaunchScope&) = delete;
+    LaunchScope& operator=(const LaunchScope&) = delete;
+
+  private:
+    FlushDenormals flush_;
+};
+
+// f(T{}) with T the type computed in: the launch of a kernel.
 template <class F>
 void with_type(ScalarType type, const F& f) {
+    const LaunchScope scope;
     if (type == ScalarType::Double)
         f(double{});
     else

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Fused kernels for dynamic convolution decomposition (DCD, ICLR 2021).
 
-Per sample, ``W(x) = Λ(x) W0 + P Φ(x) Qᵀ`` is applied as a pointwise, depthwise or k×k convolution, forward and
-backward, without a weight per sample ever being allocated.
+Per sample, ``W(x) = Λ(x) W0 + P Φ(x) Qᵀ`` is applied as a pointwise, depthwise or k×k convolution, forward
+and backward, without a weight per sample ever being allocated.
 """
 
 from importlib import metadata

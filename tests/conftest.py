@@ -27,10 +27,10 @@ def poison():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     if extension.LOADED:
-        torch.ops.dcd_kernels.poison(True)
+        torch.ops.dcd_kernels._poison(True)
     yield
     if extension.LOADED:
-        torch.ops.dcd_kernels.poison(False)
+        torch.ops.dcd_kernels._poison(False)
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 

@@ -246,6 +246,6 @@ def threads(count: int):
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
     """Elements that a kernel does not write come out as NaN. Active in every module that imports it."""
-    torch.ops.dcd_kernels.poison(True)
+    torch.ops.dcd_kernels._poison(True)
     yield
-    torch.ops.dcd_kernels.poison(False)
+    torch.ops.dcd_kernels._poison(False)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """dcd_kernels._core, the module without torch, and what happens where the extension is missing."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,13 +28,17 @@ def _operands(rng, n, ci, co, pixels, latent):
 
 
 @needs_extension
-@pytest.mark.parametrize("shape", [(1, 3, 7, 1, 1), (2, 20, 33, 49, 3), (3, 16, 8, 196, 11), (1, 64, 5, 5, 4)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 7, 1, 1), (2, 20, 33, 49, 3), (3, 16, 8, 196, 11), (1, 64, 5, 5, 4)]
+)
 def test_kernel_on_numpy_arrays(shape):
     from dcd_kernels import _core
 
     x, weight, p, phi, q, lam = _operands(np.random.default_rng(0), *shape)
     per_sample = lam[:, :, None] * weight + p @ phi @ q.T
-    np.testing.assert_allclose(_core.pointwise(x, weight, p, phi, q, lam), per_sample @ x, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(
+        _core.pointwise(x, weight, p, phi, q, lam), per_sample @ x, rtol=1e-11, atol=1e-11
+    )
 
 
 @needs_extension
@@ -102,3 +107,16 @@ def test_plan_takes_the_order_with_fewer_multiply_adds():
     assert few["synthesised_madds"] == 96 * 24 * 8 + 24 * 8 * 8 + 96 * 24
     with pytest.raises(ValueError, match="must be positive"):
         _core.pointwise_plan(0, 1, 1, 1)
+
+
+@needs_extension
+def test_unknown_instruction_set_is_reported():
+    done = subprocess.run(
+        [sys.executable, "-c", "import dcd_kernels"],
+        cwd=Path(dcd_kernels.__file__).parent.parent,
+        env={**os.environ, extension.ISA_VARIABLE: "avx9"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'avx9' is not an instruction set" in done.stderr

@@ -21,11 +21,19 @@ struct Arena {
     ~Arena() { std::free(data); }
 };
 
+// A few of the largest layers in use; a rare call that needs more pays for its pages each time.
+constexpr int64_t kKept = int64_t(16) << 20;
+
+Arena& arena_for(Scratch use) {
+    static thread_local Arena arenas[2];
+    return arenas[use == Scratch::kShared];
+}
+
 }  // namespace
 
 void* scratch(int64_t bytes, Scratch use) {
-    static thread_local Arena arenas[2];
-    Arena& arena = arenas[use == Scratch::kShared];
+    if (bytes < 0) throw std::bad_alloc();  // a size that overflowed
+    Arena& arena = arena_for(use);
     if (arena.size < bytes) {
         std::free(arena.data);
         arena.size = (bytes + 4095) / 4096 * 4096;
@@ -38,6 +46,14 @@ void* scratch(int64_t bytes, Scratch use) {
     if (poison)
         std::memset(arena.data, 0xff, static_cast<size_t>(bytes));  // all ones is a NaN in fp32 and fp64
     return arena.data;
+}
+
+void trim_scratch(Scratch use) {
+    Arena& arena = arena_for(use);
+    if (arena.size <= kKept) return;
+    std::free(arena.data);
+    arena.data = nullptr;
+    arena.size = 0;
 }
 
 void* allocate_zeroed(int64_t bytes) {

@@ -20,6 +20,9 @@ void release(void* memory);
 // From now on fresh scratch is full of NaN, so that a test sees a read of what nobody wrote.
 void poison_scratch(bool on);
 
+// Gives back this thread's scratch where it has grown beyond what layers commonly need.
+void trim_scratch(Scratch use);
+
 // Denormal operands cost up to 190 times the normal time on some CPUs. Within this scope they count as zero;
 // the caller's mode comes back at the end.
 class FlushDenormals {

@@ -54,15 +54,20 @@ static void apply_grad(const ApplyGradParams<typename S::Scalar>& s, const Runti
         const T* lam = s.lam ? s.lam + n * s.out_channels : nullptr;
         T* d_lam = s.d_lam ? s.d_lam + n * s.out_channels : nullptr;
         if (channels_last) {
-            if (d_lam)
-                for (int64_t c = 0; c < s.out_channels; ++c) d_lam[c] = 0;
-            for (int64_t i = 0; i < s.pixels; ++i) {
-                const T *gi = g + i * s.grad.pixel, *ri = r + i * s.fixed.pixel;
-                T* di = d_r ? d_r + i * s.d_fixed.pixel : nullptr;
-                if (di)
-                    for (int64_t c = 0; c < s.out_channels; ++c) di[c] = lam ? lam[c] * gi[c] : gi[c];
-                if (d_lam)
-                    for (int64_t c = 0; c < s.out_channels; ++c) d_lam[c] += gi[c] * ri[c];
+            // Short runs of pixels are summed by themselves, so that no sum has thousands of terms.
+            constexpr int64_t kRun = 128;
+            T* sums = static_cast<T*>(scratch(s.out_channels * sizeof(T)));
+            for (int64_t p0 = 0; p0 < s.pixels; p0 += kRun) {
+                for (int64_t c = 0; c < s.out_channels; ++c) sums[c] = 0;
+                for (int64_t i = p0; i < least(p0 + kRun, s.pixels); ++i) {
+                    const T *gi = g + i * s.grad.pixel, *ri = r + i * s.fixed.pixel;
+                    T* di = d_r ? d_r + i * s.d_fixed.pixel : nullptr;
+                    if (di)
+                        for (int64_t c = 0; c < s.out_channels; ++c) di[c] = lam ? lam[c] * gi[c] : gi[c];
+                    if (d_lam)
+                        for (int64_t c = 0; c < s.out_channels; ++c) sums[c] += gi[c] * ri[c];
+                }
+                if (d_lam) add_scaled<S>(sums, T(1), s.out_channels, p0 == 0, d_lam);
             }
         } else {
             for (int64_t c = 0; c < s.out_channels; ++c) {

@@ -68,13 +68,13 @@ static void dot(const typename S::Scalar* a, int64_t a_row, int64_t rows, const 
                 int64_t b_row, int64_t columns, int64_t k, bool accumulate, typename S::Scalar* c,
                 int64_t c_row) {
     constexpr int kRows = S::kRegisters == 32 ? 6 : 3;
-    // A piece of b stays in L2 while the rows of a pass over it. Its rows are long, for adding up the lanes
-    // costs as much as 60 steps of k; a single pass over b needs no pieces.
-    constexpr int64_t kPiece = 64 * 1024, kLong = 1024;
+    // A piece of b stays in L2 while the rows of a pass over it; a single pass over b needs no pieces. Its
+    // rows are long, for adding up the lanes costs as much as 60 steps of k, but not so long that a lane's
+    // sum loses digits.
+    constexpr int64_t kPiece = 64 * 1024, kLongest = 2048;
     const bool once = rows <= kRows;
-    const int64_t fit = columns * kLong > kPiece ? kLong : kPiece / (columns > 0 ? columns : 1);
-    const int64_t length = once || k < fit ? (k > 0 ? k : 1) : fit / S::kLanes * S::kLanes;
-    const int64_t width = once ? columns : (kPiece / length + 3) / 4 * 4;
+    const int64_t length = columns * kLongest > kPiece && !once ? kLongest / 2 : kLongest;
+    const int64_t width = once ? columns : kPiece / (k > 0 && k < length ? k : length) / 4 * 4;
     for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += length) {
         const int64_t count = k - k0 < length ? k - k0 : length;
         for (int64_t j0 = 0; j0 < columns; j0 += width) {

@@ -58,17 +58,29 @@ static void outer(bool channels_last, const typename S::Scalar* a, int64_t a_row
         dot<S>(a, a_row, rows, b, b_row, columns, pixels, accumulate, c, c_row);
         return;
     }
-    // Runs of pixels whose b stays in L2, which also keeps the sums short.
-    const int64_t step = most<int64_t>(64, 64 * 1024 / most<int64_t>(columns, 1));
+    // Runs of pixels whose b stays in L2, and short enough that a lane's sum keeps its digits.
+    const int64_t step = most<int64_t>(64, least<int64_t>(256, 64 * 1024 / most<int64_t>(columns, 1)));
     for (int64_t p0 = 0; p0 < pixels; p0 += step) {
         Block<T> block;
         block.a = a + p0 * a_row, block.a_row = 1, block.a_k = a_row;
         block.b = b + p0 * b_row, block.b_k = b_row;
         block.k = least(step, pixels - p0);
         block.c = c, block.c_row = c_row;
-        if (accumulate || p0 > 0) block.init = c, block.init_row = c_row;
+        // added behind the run's own sum, not carried through it: thousands of terms one by one lose digits
+        if (accumulate || p0 > 0) block.residual = c, block.residual_row = c_row;
         multiply<S>(block, rows, columns);
     }
+}
+
+// out[j] += factor * in[j], or = where it is the first
+template <class S>
+static void add_scaled(const typename S::Scalar* in, typename S::Scalar factor, int64_t count, bool first,
+                       typename S::Scalar* out) {
+    const auto f = S::set1(factor);
+    int64_t i = 0;
+    for (; i + S::kLanes <= count; i += S::kLanes)
+        S::store(out + i, first ? S::mul(f, S::load(in + i)) : S::fma(f, S::load(in + i), S::load(out + i)));
+    for (; i < count; ++i) out[i] = (first ? 0 : out[i]) + factor * in[i];
 }
 
 // Rows of a gradient that one task owns, so that no two tasks write the same sum.

@@ -205,6 +205,7 @@ class SampleProduct {
         const bool bare = !forward_ && !layer_.q;
         const T* left = forward_ ? layer_.p : layer_.q;
         const T* left_t = forward_ ? layer_.p_t : bare ? phi : layer_.q_t;
+        const auto left_t_at = [&](int64_t channel) { return l ? left_t + channel : nullptr; };
         for (int64_t p0 = 0, count; p0 < pixels; p0 += count) {
             count = pixels_at_a_time(pixels - p0);
             const T* x = from + (channels_last_ ? p0 * from_row : p0);
@@ -230,20 +231,21 @@ class SampleProduct {
                                    block.init = block.c, block.init_row = block.c_row, block.k = 0;
                                }
                                block.a = operand, block.a_row = row, block.a_k = 1;
-                               block.b = (forward_ ? layer_.weight_t : layer_.weight) + (block.k ? first : 0);
+                               block.b =
+                                   block.k ? (forward_ ? layer_.weight_t : layer_.weight) + first : nullptr;
                                block.b_k = to_channels();
                                block.a2 = tail + b * l, block.a2_row = all, block.a2_k = 1;
-                               block.b2 = left_t + first, block.b2_k = to_channels();
+                               block.b2 = left_t_at(first), block.b2_k = to_channels();
                                multiply_pixel_rows(block, count, last - first);
                            } else {
                                const int64_t ci = layer_.in_channels;
-                               block.a = layer_.weight + first * (forward_ ? ci : 1);
+                               block.a = k ? layer_.weight + first * (forward_ ? ci : 1) : nullptr;
                                block.a_row = forward_ ? ci : 1, block.a_k = forward_ ? 1 : ci;
                                block.b = operand, block.b_k = row;
-                               block.a2 = bare ? phi + first : left + first * l;
+                               block.a2 = bare ? phi + (l ? first : 0) : left + first * l;
                                block.a2_row = bare ? 1 : l, block.a2_k = bare ? ci : 1;
                                block.b2 = tail + b * l * count, block.b2_k = count;
-                               multiply_channel_rows<S>(block, last - first, count, left_t + first,
+                               multiply_channel_rows<S>(block, last - first, count, left_t_at(first),
                                                         to_channels(), thin);
                            }
                        });

@@ -11,17 +11,6 @@
 
 namespace dcd::DCD_ISA {
 
-// out[j] += factor * in[j]
-template <class S>
-static void add_scaled(const typename S::Scalar* in, typename S::Scalar factor, int64_t count, bool first,
-                       typename S::Scalar* out) {
-    const auto f = S::set1(factor);
-    int64_t i = 0;
-    for (; i + S::kLanes <= count; i += S::kLanes)
-        S::store(out + i, first ? S::mul(f, S::load(in + i)) : S::fma(f, S::load(in + i), S::load(out + i)));
-    for (; i < count; ++i) out[i] = (first ? 0 : out[i]) + factor * in[i];
-}
-
 template <class S>
 static void weight_gradients(const PointwiseGradParams<typename S::Scalar>& s,
                              const Layer<typename S::Scalar>& layer, bool channels_last, bool with_latent,

@@ -16,6 +16,7 @@ static void parallel(const Runtime& runtime, int64_t count, const F& f) {
     const auto body = [](int64_t begin, int64_t end, void* context) {
         const FlushDenormals flush;
         for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(context))(i);
+        trim_scratch(Scratch::kTask);
     };
     void* context = const_cast<void*>(static_cast<const void*>(&f));
     if (runtime.threads <= 1 || count <= 1)

@@ -234,7 +234,8 @@ static void multiply(const Block<typename S::Scalar>& block, int64_t rows, int64
             Block<typename S::Scalar> tile = block.at(r0, v0 * W);
             // Each band fetches one vector of the next panel; the panel that is in L1 already is a prefetch
             // that costs nothing.
-            tile.upcoming = v1 + i < vectors && i < Shape<S>::kVectors ? block.b + (v1 + i) * W : tile.b;
+            const bool more = block.b && v1 + i < vectors && i < Shape<S>::kVectors;
+            tile.upcoming = more ? block.b + (v1 + i) * W : tile.b;
             tile_of<S>(static_cast<int>(r1 - r0), static_cast<int>(v1 - v0), tail != W)(tile, tail);
         }
     }
