@@ -12,6 +12,7 @@ from operands import (
     LAYOUTS,
     Case,
     call,
+    instruction_set,
     operands,
     poisoned_outputs,  # noqa: F401
 )
@@ -223,3 +224,92 @@ def test_wrong_geometry_names_the_argument(stride, padding, dilation, named):
     tensors = operands(WHOLE)
     with pytest.raises(RuntimeError, match=named):
         torch.ops.dcd_kernels.depthwise(*tensors, stride, padding, dilation, 0)
+
+
+FAR = [
+    # taps that lie in the padding for every output, for some, and for none; a window would take up to 2^60
+    (((4, 4), 3), {"padding": 10**9, "dilation": 10**9}),
+    (((4, 5), 3), {"padding": 10**5, "dilation": 10**5, "residual": True, "bias": "sample"}),
+    (((4, 5), 3), {"padding": 2 * 10**9, "dilation": 10**9, "stride": 10**9, "bias": "shared"}),
+    (((3, 4), 3), {"padding": 2 * 10**9, "dilation": 10**9 - 1, "stride": 10**9, "multiplier": 2}),
+    (((2, 3, 4), 3), {"padding": 10**5, "dilation": 10**5, "multiplier": 2}),
+    (((2**18 + 9,), 3), {"padding": 0, "dilation": 2**17 + 1}),
+    # strides far larger than the input
+    (((50,), 3), {"padding": 1, "stride": 10**6}),
+    (((5, 4, 3), 3), {"padding": 1, "stride": 2**21}),
+    (((5, 4, 3), 2), {"padding": 2**21, "stride": 2**21 - 1}),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("sizes", "geometry"), FAR, ids=str)
+def test_geometry_far_beyond_the_input(sizes, geometry, layout, isa):
+    """Against the convolution by its definition, for every tap and position that lie inside the input."""
+    case = _case(2, 5, 2, *sizes, "silu" if geometry.get("residual") else None, **geometry)
+    tensors = operands(case, layout=layout, requires_grad=True)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    expected = _by_definition(case, *exact)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    expected.backward(grad.double())
+    with instruction_set(isa):
+        got = call(case, tensors)
+        got.backward(grad)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4)
+    for mine, true in zip(tensors, exact, strict=True):
+        if true is not None:
+            scale = true.grad.abs().max().clamp(min=1.0).item()
+            torch.testing.assert_close(mine.grad, true.grad.float(), rtol=1e-4, atol=1e-5 * scale)
+
+
+def _by_definition(case, input, weight, p, phi, r, lam, bias, residual):
+    weights = lam[:, :, None] * weight.flatten(1) + torch.einsum("oa,nac,tc->not", p, phi, r)
+    rows = input.repeat_interleave(weight.shape[0] // input.shape[1], 1)
+    every = (torch.arange(weights.shape[0])[:, None], torch.arange(weights.shape[1])[None, :])
+    output = input.new_zeros(*weights.shape[:2], *case.out_size)
+    for t, tap in enumerate(itertools.product(*(range(k) for k in case.kernel))):
+        at, whence = [], []
+        for size, out, stride, padding, dilation, k in zip(
+            case.size, case.out_size, case.stride, case.padding, case.dilation, tap, strict=True
+        ):
+            place = torch.arange(out) * stride - padding + k * dilation
+            inside = (place >= 0) & (place < size)
+            at.append(torch.arange(out)[inside])
+            whence.append(place[inside])
+        lead = [i.reshape(*i.shape, *(1,) * len(tap)) for i in every]
+        grid, source = torch.meshgrid(*at, indexing="ij"), torch.meshgrid(*whence, indexing="ij")
+        term = weights[:, :, t].reshape(*weights.shape[:2], *(1,) * len(tap)) * rows[:, :, *source]
+        output = output.index_put((*lead, *grid), term, accumulate=True)
+    if bias is not None:
+        output = output + bias.reshape(-1, weights.shape[1], *(1,) * len(case.kernel))
+    if residual is not None:
+        output = output + residual
+    return torch.nn.functional.silu(output) if case.activation == "silu" else output
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "named"),
+    (
+        ((1,), (0,), (2**62,), rf"dilation must .* got \({2**62},\)"),
+        ((1,), (2**61,), (2**61,), rf"padding must .* got \({2**61},\)"),
+        ((2**31,), (1,), (1,), rf"stride must .* got \({2**31},\)"),
+        ((1,), (0,), (2**31 - 1,), r"kernel must .* got kernel size 5 with dilation 2147483647 .* padding 0"),
+        ((1, 1), (1, 1), (1, 1), r"stride must have one entry for each of 1 .* got \(1, 1\)"),
+    ),
+)
+def test_geometry_that_no_kernel_can_count(stride, padding, dilation, named):
+    tensors = torch.randn(2, 2, 3), torch.randn(2, 1, 5)
+    with pytest.raises(RuntimeError, match=named):
+        torch.ops.dcd_kernels.depthwise(*tensors, *[None] * 6, stride, padding, dilation, 0)
+    with pytest.raises(RuntimeError, match=named):
+        torch.ops.dcd_kernels.depthwise_backward(
+            tensors[0], *tensors, *[None] * 4, stride, padding, dilation, 0b11
+        )
+
+
+def test_output_that_cannot_be_counted():
+    with pytest.raises(RuntimeError, match=r"padding must .* got \(2000000000, 2000000000, 2000000000\)"):
+        torch.ops.dcd_kernels.depthwise(
+            torch.randn(1, 1, 3, 3, 3), torch.randn(1, 1, 1, 1, 1), *[None] * 6, [1] * 3, [2 * 10**9] * 3,
+            [1] * 3, 0,
+        )  # fmt: skip

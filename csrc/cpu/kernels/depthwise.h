@@ -5,9 +5,11 @@
 // (paper Eq. 8, t runs over the kernel's taps). Phi_n R^T is formed once a task, the taps of a channel when
 // its turn comes; nothing of size N x Co x taps exists. Two arrangements of the lanes: along the width
 // (depthwise_planes.h) and, where neighbouring elements are channels, along the channels (depthwise_last.h).
-// The gradient of the input runs through the same two, see depthwise_grad.h.
+// Taps with little but padding between them take neither (depthwise_far.h).
+// The gradient of the input runs through all of them, see depthwise_grad.h.
 #pragma once
 
+#include "depthwise_far.h"
 #include "depthwise_last.h"
 #include "depthwise_planes.h"
 
@@ -35,6 +37,8 @@ static void convolve(const Conv<typename S::Scalar>& s, const Runtime& runtime) 
         channels_last<S>(s, runtime);
     else if (narrow)
         narrow_planes<S>(s, runtime);
+    else if (Window<S>(s).sparse)
+        far_taps<S>(s, runtime);
     else
         planes<S>(s, runtime);
 }

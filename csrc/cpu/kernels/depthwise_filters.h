@@ -37,6 +37,17 @@ static inline bool unit(int64_t size, int64_t stride) {
     return size <= 1 || stride == 1;
 }
 
+// Output positions of an axis whose tap k lies inside the input.
+struct Range {
+    int64_t begin, end;
+};
+template <class T>
+static inline Range inside(const DepthwiseParams<T>& s, int axis, int64_t k) {
+    const int64_t first = k * s.dilation[axis] - s.padding[axis], last = s.in_size[axis] - 1 - first;
+    const int64_t begin = least(first < 0 ? ceil_div(-first, s.stride[axis]) : 0, s.out_size[axis]);
+    return {begin, most(last < 0 ? 0 : least(last / s.stride[axis] + 1, s.out_size[axis]), begin)};
+}
+
 // Null stays null.
 template <class T>
 static inline T* shifted(T* p, int64_t offset) {

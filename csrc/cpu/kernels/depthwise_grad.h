@@ -11,45 +11,81 @@
 #pragma once
 
 #include "depthwise.h"
+#include "gradients.h"
 
 namespace dcd::DCD_ISA {
 namespace dw {
 
-// What the elements i of an axis of the input with (i + padding) % stride == phase read of the output's
-// gradient: a convolution of stride 1 with every `step`-th tap, in reverse.
+// What every `stride`-th element of an axis of the input, from `start` on, reads of the output's gradient: a
+// convolution of stride 1 with every `step`-th tap, in reverse.
 struct PhaseAxis {
-    int64_t kernel, dilation, padding;  // taps; none for a phase that no tap reaches
+    int64_t kernel, dilation, padding;  // taps
     int64_t tap_first, tap_step;
-    int64_t start, size;  // first element and number of elements
+    int64_t start, size;  // first element and number of elements, at least one
 };
 
-static inline PhaseAxis phase_axis(int64_t in_size, int64_t kernel, int64_t stride, int64_t padding,
-                                   int64_t dilation, int64_t phase) {
+// f(axis) for the phases that both a tap and an element of the input belong to; element i is of phase
+// (i + padding) % stride. There are no more than taps, however large the stride. Returns how many.
+template <class T, class F>
+static int64_t for_phases(const DepthwiseParams<T>& s, int i, const F& f) {
+    const int64_t stride = s.stride[i], dilation = s.dilation[i], padding = s.padding[i];
     const int64_t period = stride / gcd(stride, dilation);
-    PhaseAxis axis = {0, period * dilation / stride, 0, 0, -period, 0, 0};
-    const int64_t first = padding > phase ? ceil_div(padding - phase, stride) : 0;
-    axis.start = first * stride + phase - padding;
-    axis.size = axis.start < in_size ? (in_size - 1 - axis.start) / stride + 1 : 0;
-    int64_t tap = 0;
-    while (tap < least(kernel, period) && tap * dilation % stride != phase) ++tap;
-    if (tap < least(kernel, period)) {
-        axis.kernel = (kernel - 1 - tap) / period + 1;
-        axis.tap_first = tap + (axis.kernel - 1) * period;
-        axis.padding = tap * dilation / stride + (axis.kernel - 1) * axis.dilation - first;
+    int64_t count = 0;
+    for (int64_t tap = 0; tap < least(s.kernel[i], period); ++tap) {
+        const int64_t phase = tap * dilation % stride;
+        const int64_t start = (phase - padding % stride + stride) % stride;
+        if (start >= s.in_size[i]) continue;
+        PhaseAxis axis;
+        axis.kernel = (s.kernel[i] - 1 - tap) / period + 1;
+        axis.dilation = period * dilation / stride;
+        axis.padding =
+            tap * dilation / stride + (axis.kernel - 1) * axis.dilation - (start + padding) / stride;
+        axis.tap_first = tap + (axis.kernel - 1) * period, axis.tap_step = -period;
+        axis.start = start, axis.size = (s.in_size[i] - 1 - start) / stride + 1;
+        f(axis);
+        ++count;
     }
-    return axis;
+    return count;
+}
+
+// One phase, by its three axes, for the j-th of the output channels that read the same input.
+template <class S>
+static void phase_gradient(const DepthwiseGradParams<typename S::Scalar>& s, int64_t j,
+                           const PhaseAxis* const (&axes)[3], const Runtime& runtime) {
+    using T = typename S::Scalar;
+    const DepthwiseParams<T>& f = s.forward;
+    Conv<T> conv = all_taps(f);
+    conv.multiplier = 1;
+    conv.row_first = j, conv.row_step = f.multiplier;
+    conv.input = s.grad + j * s.grad_channel;
+    conv.input_sample = s.grad_sample, conv.input_channel = s.grad_channel * f.multiplier;
+    conv.output = s.d_input;
+    conv.output_sample = s.d_input_sample, conv.output_channel = s.d_input_channel;
+    conv.bias = nullptr, conv.activation = kNone;
+    for (int i = 0; i < 3; ++i) {
+        const PhaseAxis& axis = *axes[i];
+        conv.in_size[i] = f.out_size[i], conv.out_size[i] = axis.size;
+        conv.kernel[i] = axis.kernel, conv.stride[i] = 1;
+        conv.padding[i] = axis.padding, conv.dilation[i] = axis.dilation;
+        conv.tap_first[i] = axis.tap_first, conv.tap_step[i] = axis.tap_step;
+        conv.input_spatial[i] = s.grad_spatial[i];
+        conv.output_spatial[i] = axis.size > 1 ? s.d_input_spatial[i] * f.stride[i] : s.d_input_spatial[i];
+        conv.output += axis.start * s.d_input_spatial[i];
+        conv.residual_spatial[i] = conv.output_spatial[i];
+    }
+    // The channels that read the same input add up: what is there already is the residual.
+    conv.residual = j > 0 ? conv.output : nullptr;
+    conv.residual_sample = conv.output_sample, conv.residual_channel = conv.output_channel;
+    convolve<S>(conv, runtime);
 }
 
 template <class S>
 static void input_gradient(const DepthwiseGradParams<typename S::Scalar>& s, const Runtime& runtime) {
     using T = typename S::Scalar;
     const DepthwiseParams<T>& f = s.forward;
-    bool gaps = false;
+    bool gaps = false;  // elements that no tap reaches
     for (int i = 0; i < 3; ++i)
-        for (int64_t phase = 0; phase < f.stride[i]; ++phase)
-            gaps =
-                gaps || phase_axis(f.in_size[i], f.kernel[i], f.stride[i], f.padding[i], f.dilation[i], phase)
-                                .kernel == 0;
+        gaps = gaps || for_phases(f, i, [](const PhaseAxis&) {}) < least(f.stride[i], f.in_size[i]);
     if (gaps)
         parallel(runtime, f.batch * f.channels, [&](int64_t i) {
             T* plane = s.d_input + i / f.channels * s.d_input_sample + i % f.channels * s.d_input_channel;
@@ -59,38 +95,12 @@ static void input_gradient(const DepthwiseGradParams<typename S::Scalar>& s, con
                         plane[z * s.d_input_spatial[0] + y * s.d_input_spatial[1] +
                               x * s.d_input_spatial[2]] = T(0);
         });
-    const int64_t phases = f.stride[0] * f.stride[1] * f.stride[2];
     for (int64_t j = 0; j < f.multiplier; ++j)
-        for (int64_t phase = 0; phase < phases; ++phase) {
-            const int64_t at[3] = {phase / (f.stride[1] * f.stride[2]), phase / f.stride[2] % f.stride[1],
-                                   phase % f.stride[2]};
-            Conv<T> conv = all_taps(f);
-            conv.multiplier = 1;
-            conv.row_first = j, conv.row_step = f.multiplier;
-            conv.input = s.grad + j * s.grad_channel;
-            conv.input_sample = s.grad_sample, conv.input_channel = s.grad_channel * f.multiplier;
-            conv.output = s.d_input;
-            conv.output_sample = s.d_input_sample, conv.output_channel = s.d_input_channel;
-            conv.bias = nullptr, conv.activation = kNone;
-            bool some = true;
-            for (int i = 0; i < 3; ++i) {
-                const PhaseAxis axis =
-                    phase_axis(f.in_size[i], f.kernel[i], f.stride[i], f.padding[i], f.dilation[i], at[i]);
-                some = some && axis.kernel > 0 && axis.size > 0;
-                conv.in_size[i] = f.out_size[i], conv.out_size[i] = axis.size;
-                conv.kernel[i] = axis.kernel, conv.stride[i] = 1;
-                conv.padding[i] = axis.padding, conv.dilation[i] = axis.dilation;
-                conv.tap_first[i] = axis.tap_first, conv.tap_step[i] = axis.tap_step;
-                conv.input_spatial[i] = s.grad_spatial[i];
-                conv.output_spatial[i] = s.d_input_spatial[i] * f.stride[i];
-                conv.output += axis.start * s.d_input_spatial[i];
-                conv.residual_spatial[i] = conv.output_spatial[i];
-            }
-            // The channels that read the same input add up: what is there already is the residual.
-            conv.residual = j > 0 ? conv.output : nullptr;
-            conv.residual_sample = conv.output_sample, conv.residual_channel = conv.output_channel;
-            if (some) convolve<S>(conv, runtime);
-        }
+        for_phases(f, 0, [&](const PhaseAxis& z) {
+            for_phases(f, 1, [&](const PhaseAxis& y) {
+                for_phases(f, 2, [&](const PhaseAxis& x) { phase_gradient<S>(s, j, {&z, &y, &x}, runtime); });
+            });
+        });
 }
 
 // sums[t] += sum of grad over rows x columns, times the window at tap t, for TAPS taps.
@@ -144,7 +154,7 @@ class PlaneSums {
         memory_ = take<T>(pieces, window_.size);
         staged_ = take<T>(pieces, window_.height * pitch_);
         sums_ = take<T>(pieces, W * taps_);
-        window_.offsets(offset_);
+        if (!window_.sparse) window_.offsets(offset_);
     }
     // Output channels [o0, o0 + count); zero in the lanes behind them.
     void run(int64_t n, int64_t o0, int64_t count, T* out /* [taps, W] */) {
@@ -154,8 +164,15 @@ class PlaneSums {
         for (int64_t o = o0, next; o < end; o = next) {
             const int64_t c = o / m;
             next = least((c + 1) * m, end);
+            const T* input = p.input + n * p.input_sample + c * p.input_channel;
+            if (window_.sparse) {
+                for (int64_t k = o; k < next; ++k)
+                    far_sums(p, input, s_.grad + n * s_.grad_sample + k * s_.grad_channel, s_.grad_spatial,
+                             sums_ + (k - o0) * taps_);
+                continue;
+            }
             window_.for_parts(spans_, [&](const typename Windows::Part& part) {
-                window_.fill(part, spans_, p.input + n * p.input_sample + c * p.input_channel, memory_);
+                window_.fill(part, spans_, input, memory_);
                 for (int64_t k = o; k < next; ++k) add_part(part, n, k, sums_ + (k - o0) * taps_);
             });
         }
@@ -222,17 +239,6 @@ class ChannelSums {
     }
 
   private:
-    // Output positions of an axis whose tap k lies inside the input.
-    struct Range {
-        int64_t begin, end;
-    };
-    Range inside(int axis, int64_t k) const {
-        const DepthwiseParams<T>& p = s_.forward;
-        const int64_t first = k * p.dilation[axis] - p.padding[axis], last = p.in_size[axis] - 1 - first;
-        const int64_t begin = first < 0 ? ceil_div(-first, p.stride[axis]) : 0;
-        return {begin, most(last < 0 ? 0 : least(last / p.stride[axis] + 1, p.out_size[axis]), begin)};
-    }
-
     // K taps of a line: a gradient that is loaded serves all of them where all lie inside. Sums end with the
     // row, which keeps them short, and alternate, so that an addition need not wait for the one before.
     template <int K, bool TAIL>
@@ -241,10 +247,10 @@ class ChannelSums {
         const auto load = [count](const T* at) {
             return TAIL ? S::load_first(at, static_cast<int>(count)) : S::load(at);
         };
-        const Range zs = inside(0, kz), ys = inside(1, ky);
-        Range xs[K], all = inside(2, kx);
+        const Range zs = inside(p, 0, kz), ys = inside(p, 1, ky);
+        Range xs[K], all = inside(p, 2, kx);
         for (int k = 0; k < K; ++k) {
-            xs[k] = inside(2, kx + k);
+            xs[k] = inside(p, 2, kx + k);
             all = {most(all.begin, xs[k].begin), least(all.end, xs[k].end)};
         }
         if (all.begin >= all.end) all = {xs[0].end, xs[0].end};
@@ -291,22 +297,6 @@ class ChannelSums {
     const DepthwiseGradParams<T>& s_;
 };
 
-// Zeroed memory that all tasks see.
-template <class T>
-class Shared {
-  public:
-    explicit Shared(int64_t count)
-        : data_(count > 0 ? static_cast<T*>(allocate_zeroed(count * static_cast<int64_t>(sizeof(T))))
-                          : nullptr) {}
-    ~Shared() { release(data_); }
-    Shared(const Shared&) = delete;
-    Shared& operator=(const Shared&) = delete;
-    T* get() const { return data_; }
-
-  private:
-    T* data_;
-};
-
 // to (+)= the sum over `count` arrays of `size`, in their order.
 template <class T>
 static void add_arrays(const T* from, int64_t count, int64_t size, bool onto, T* to) {
@@ -331,10 +321,10 @@ static void parameter_gradients(const DepthwiseGradParams<typename S::Scalar>& s
     T* d_p = latent > 0 ? s.d_p : nullptr;
     T* d_phi = latent > 0 ? s.d_phi : nullptr;
     T* d_r = latent > 0 ? s.d_r : nullptr;
-    const Shared<T> more_weight(s.d_weight ? (chunks - 1) * channels * taps : 0);
-    const Shared<T> more_p(d_p ? (chunks - 1) * channels * latent : 0);
-    const Shared<T> phi_parts(d_phi ? f.batch * blocks * square : 0);
-    const Shared<T> r_parts(d_r ? blocks * chunks * taps * latent : 0);
+    const Buffer<T> more_weight(s.d_weight ? (chunks - 1) * channels * taps : 0);
+    const Buffer<T> more_p(d_p ? (chunks - 1) * channels * latent : 0);
+    const Buffer<T> phi_parts(d_phi ? f.batch * blocks * square : 0);
+    const Buffer<T> r_parts(d_r ? blocks * chunks * taps * latent : 0);
 
     parallel(runtime, blocks * chunks, [&](int64_t task) {
         const int64_t b = task / chunks, chunk = task % chunks, o0 = b * W, count = least(W, channels - o0);

@@ -16,6 +16,7 @@ struct Window {
     static constexpr int W = S::kLanes;
     static constexpr int64_t kColumns = 512;      // output columns of a window, at most
     static constexpr int64_t kBytes = 24 * 1024;  // half of the usual L1, unless one output row needs more
+    static constexpr double kSparse = 64 * 1024;  // elements of a window that is always worth filling
 
     // The part of the output that a filling of the window serves, and where its input lies.
     struct Part {
@@ -32,6 +33,7 @@ struct Window {
     int64_t phases, pitch, line, lines;  // column phases, elements of one, of all; input rows
     int64_t band;                        // output rows that one call for a 3 x 3 kernel takes
     int64_t size;
+    bool sparse;  // so much larger than what it serves that taps are better read where they are; size is 0
 
     explicit Window(const DepthwiseParams<T>& params) : s(params) {
         const int64_t reach = (s.kernel[1] - 1) * s.dilation[1] + 1;
@@ -39,11 +41,18 @@ struct Window {
         width = share(s.out_size[2], kColumns);
         pitch = round_up(width + (s.kernel[2] - 1) * s.dilation[2] / s.stride[2], W);
         line = phases * pitch;
-        const int64_t fit = kBytes / static_cast<int64_t>(sizeof(T)) / (s.kernel[0] * line);
+        // Far enough apart, taps make a line, and more so a window, of more elements than can be counted.
+        const double slice_line = static_cast<double>(s.kernel[0]) * static_cast<double>(line);
+        const int64_t fit = static_cast<int64_t>(static_cast<double>(kBytes / sizeof(T)) / slice_line);
         height = share(s.out_size[1], fit > reach ? (fit - reach) / s.stride[1] + 1 : 1);
         band = share(height, Shape<S>::kRows);
         lines = (height - 1) * s.stride[1] + reach;
-        size = round_up(s.kernel[0] * lines * line + W, 64);  // a vector may start on the last element
+        const double elements = slice_line * static_cast<double>(lines);
+        const double served = static_cast<double>(s.kernel[0] * s.kernel[1] * s.kernel[2]) *
+                              static_cast<double>(height * width);
+        sparse = elements > kSparse && elements > 16 * served;
+        // a vector may start on the last element
+        size = sparse ? 0 : round_up(s.kernel[0] * lines * line + W, 64);
     }
     bool whole_plane() const { return height >= s.out_size[1] && width >= s.out_size[2]; }
     void offsets(int64_t* offset /* [taps] */) const {
