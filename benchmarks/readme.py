@@ -69,13 +69,14 @@ def table(rows: Sequence[dict]) -> str:
         best, worst = (low, high) if numerator == OURS else (high, low)
         cells = (title, f"**{mean:.2f}**", *(f"{value:.2f} ({case})" for value, case in (best, worst)))
         lines.append("| " + " | ".join(cells) + " |")
-    sources = sorted(
-        {(run["cpu"], run["torch"], run["commit"][:12], date[:10]) for date, run in runs.items()}
-    )
     lines.append("")
-    lines.extend(
-        f"{cpu}, one thread, torch {torch}, commit {commit}, {date}." for cpu, torch, commit, date in sources
-    )
+    for date, run in sorted(runs.items()):
+        kernels = f"kernels for {run['ours_isa']}" + (
+            ", everything limited to it" if run["isa"] != "native" else ""
+        )
+        lines.append(
+            f"- {run['cpu']}, one thread, {kernels}; torch {run['torch']}, commit {run['commit'][:12]}, {date[:10]}."
+        )
     return "\n".join(lines)
 
 
