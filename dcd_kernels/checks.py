@@ -21,6 +21,7 @@ _ACTIVATION_NAMES = tuple(ACTIVATIONS)
 _HALF = (torch.float16, torch.bfloat16)
 _COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 _DTYPES = (torch.float32, *_HALF, torch.float64, *_COMPLEX)
+_STRIDED = torch.strided
 _AUTOCAST = (torch.float32, *_HALF)  # what autocast converts; float64 it leaves alone
 _CALLERS = {1: "dcd_conv1d", 2: "dcd_conv2d", 3: "dcd_conv3d"}
 _ONES = {1: (1,), 2: (1, 1), 3: (1, 1, 1)}
@@ -44,7 +45,7 @@ def conv(
     """Check a convolution; ``None`` is the commonest plan, pointwise with unit stride and no padding.
 
     Raises:
-        TypeError: an argument that is not a tensor, a dtype that is unsupported or does not match.
+        TypeError: an argument that is not a strided tensor, a dtype that is unsupported or does not match.
         ValueError: rank, shape, device, groups, blocks, geometry, a missing or surplus factor, activation.
     """
     caller = _CALLERS[spatial]
@@ -57,7 +58,13 @@ def conv(
         co = w[0]
         dtype = input.dtype
         device = input.device
-        if dtype not in _DTYPES or weight.dtype is not dtype or weight.device != device:
+        if (
+            dtype not in _DTYPES
+            or weight.dtype is not dtype
+            or weight.device != device
+            or input.layout is not _STRIDED
+            or weight.layout is not _STRIDED
+        ):
             _kind(caller, "input", input, dtype, device)
             _kind(caller, "weight", weight, dtype, device)
         if input.numel() == 0 or weight.numel() == 0:
@@ -105,7 +112,7 @@ def linear(caller, input, weight, p, phi, q, lam, bias, residual, activation) ->
     """Check a linear call: input (N, …, Ci), weight (Co, Ci).
 
     Raises:
-        TypeError: an argument that is not a tensor, a dtype that is unsupported or does not match.
+        TypeError: an argument that is not a strided tensor, a dtype that is unsupported or does not match.
         ValueError: rank, shape, device, blocks, a missing factor, activation.
     """
     try:
@@ -120,7 +127,13 @@ def linear(caller, input, weight, p, phi, q, lam, bias, residual, activation) ->
             raise ValueError(f"{caller}: weight must be (out_channels, in_channels), got {show(w)}")
         n, ci, co = x[0], x[-1], w[0]
         dtype, device = input.dtype, input.device
-        if dtype not in _DTYPES or weight.dtype is not dtype or weight.device != device:
+        if (
+            dtype not in _DTYPES
+            or weight.dtype is not dtype
+            or weight.device != device
+            or input.layout is not _STRIDED
+            or weight.layout is not _STRIDED
+        ):
             _kind(caller, "input", input, dtype, device)
             _kind(caller, "weight", weight, dtype, device)
         if w[1] != ci:
@@ -146,7 +159,7 @@ def apply(caller, static, input, p, phi, q, lam, bias, residual, stride, offset,
     """Check a call on a ready static output; -> (stride, offset), one entry per spatial dimension.
 
     Raises:
-        TypeError: an argument that is not a tensor, a dtype that is unsupported or does not match.
+        TypeError: an argument that is not a strided tensor, a dtype that is unsupported or does not match.
         ValueError: rank, shape, device, blocks, a missing factor, stride or offset, activation.
     """
     try:
@@ -163,7 +176,13 @@ def apply(caller, static, input, p, phi, q, lam, bias, residual, stride, offset,
             )
         n, co, ci = y[0], y[1], x[1]
         dtype, device = static.dtype, static.device
-        if dtype not in _DTYPES or input.dtype is not dtype or input.device != device:
+        if (
+            dtype not in _DTYPES
+            or input.dtype is not dtype
+            or input.device != device
+            or static.layout is not _STRIDED
+            or input.layout is not _STRIDED
+        ):
             _kind(caller, "static", static, dtype, device)
             _kind(caller, "input", input, dtype, device)
         if static.numel() == 0 or input.numel() == 0:
@@ -235,11 +254,11 @@ def _factors(caller, p, phi, q, n, co, ci, dtype, device) -> None:
     """p, phi and q of a residual that fuses channels: dense (Eqs. 5, 6) or block-diagonal (Eq. 7)."""
     if p is None or phi is None or q is None:
         _fail_factors(caller, p, phi, q, None)
-    if p.dtype is not dtype or p.device != device:
+    if p.dtype is not dtype or p.device != device or p.layout is not _STRIDED:
         _kind(caller, "p", p, dtype, device)
-    if q.dtype is not dtype or q.device != device:
+    if q.dtype is not dtype or q.device != device or q.layout is not _STRIDED:
         _kind(caller, "q", q, dtype, device)
-    if phi.dtype is not dtype or phi.device != device:
+    if phi.dtype is not dtype or phi.device != device or phi.layout is not _STRIDED:
         _kind(caller, "phi", phi, dtype, device, True)
     f = phi.shape
     latent = f[-1] if f else 0
@@ -337,14 +356,14 @@ def _latent_factors(caller, p, phi, n, co, ci, dtype, device) -> None:
 
 
 def _lam(caller, lam, n, co, dtype, device) -> None:
-    if lam.dtype is not dtype or lam.device != device:
+    if lam.dtype is not dtype or lam.device != device or lam.layout is not _STRIDED:
         _kind(caller, "lam", lam, dtype, device, True)
     if lam.shape != (n, co):
         _fail_shape(caller, "lam", lam, (n, co), "(batch, out_channels)")
 
 
 def _bias(caller, bias, n, co, dtype, device) -> None:
-    if bias.dtype is not dtype or bias.device != device:
+    if bias.dtype is not dtype or bias.device != device or bias.layout is not _STRIDED:
         _kind(caller, "bias", bias, dtype, device, True)
     if bias.shape != (co,) and bias.shape != (n, co):
         _fail_shape(
@@ -353,7 +372,7 @@ def _bias(caller, bias, n, co, dtype, device) -> None:
 
 
 def _residual(caller, residual, output, dtype, device) -> None:
-    if residual.dtype is not dtype or residual.device != device:
+    if residual.dtype is not dtype or residual.device != device or residual.layout is not _STRIDED:
         _kind(caller, "residual", residual, dtype, device)
     if residual.shape != output:
         _fail_shape(caller, "residual", residual, output, "the shape of the output")
@@ -377,10 +396,15 @@ def _groups(caller, groups, ci, co) -> None:
 
 
 def _kind(caller, argument, tensor, dtype, device, wide=False) -> None:
-    """The full rule for one argument's device and dtype; ``wide``: may be float32 beside half precision."""
+    """The full rule for one argument's layout, device and dtype; ``wide``: or float32 beside half."""
+    _tensors(caller, **{argument: tensor})
+    if tensor.layout is not _STRIDED:
+        raise TypeError(
+            f"{caller}: {argument} must be an ordinary tensor with strides (torch.strided), got the layout "
+            f"{tensor.layout}; to_dense() makes one"
+        )
     if tensor.dtype is dtype and tensor.device == device and dtype in _DTYPES:
         return
-    _tensors(caller, **{argument: tensor})
     if dtype not in _DTYPES:
         raise TypeError(f"{caller}: {argument} must be floating point or complex, got {dtype}")
     if tensor.device != device:

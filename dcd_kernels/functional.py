@@ -101,7 +101,8 @@ def dcd_conv2d(
         gives an empty output.
 
     Raises:
-        TypeError: not a tensor, a dtype that is unsupported or does not match.
+        TypeError: not a tensor, one without strides (sparse, mkldnn), a dtype that is unsupported or
+            does not match.
         ValueError: rank (unbatched input too), shape, device, groups, blocks, geometry, a missing or surplus
             factor, even kernel sizes with a centre tap, an unknown activation.
         RuntimeError: a backend chosen by :class:`use_backend` cannot run the call.

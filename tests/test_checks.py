@@ -366,3 +366,18 @@ def test_one_channel_is_any_form(module):
 def test_meta_tensors_give_the_shape(module):
     case = make_case("centre", device="meta", stride=2)
     assert case.run(module).shape == (2, 4, 3, 2)
+
+
+@MODULES
+@pytest.mark.parametrize("form", ["pointwise", "depthwise", "joint", "centre", "linear rows", "apply"])
+def test_layouts_without_strides(form, module):
+    case = make_case(form, dtype=torch.float32, bias="shared", residual=True)
+    for name in case.names:
+        for other in (torch.Tensor.to_sparse, torch.Tensor.to_mkldnn):
+            try:
+                changed = other(case.tensors[name])
+            except RuntimeError:  # mkldnn knows neither every rank nor every processor
+                continue
+            layout = str(changed.layout).removeprefix("torch.")
+            with pytest.raises(TypeError, match=rf"{case.function}: {name} must be .*{layout}; to_dense"):
+                case.with_tensors({name: changed}).run(module)
