@@ -3,7 +3,7 @@
 
 One page for everything that is the same in one, two and three dimensions and that does not depend on the
 form of the decomposition. The centre tap of an odd kernel reads ``x[o * stride + dilation * (k // 2) -
-padding]``, zero outside the input (DESIGN §1); :func:`sample` is that rule for any offset.
+padding]``, zero outside the input (paper, Section 4, Figure 4b); :func:`sample` is that rule for any offset.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def resolve(caller: str, size, kernel, stride, padding, dilation) -> Geometry:
 def sample(input: Tensor, stride: tuple[int, ...], offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
     """``out[..., o] = input[..., o * stride + offset]`` for o < size in every dimension, zero outside.
 
-    A view wherever nothing has to be read from outside, so that a strided pointwise layer copies nothing;
-    otherwise the inside is padded once. Differentiable any number of times.
+    A view wherever nothing has to be read from outside (a kernel may still pack a strided one); otherwise
+    the inside is padded once. Differentiable any number of times.
     """
     inside: list[slice] = [slice(None), slice(None)]
     margins: list[int] = []
