@@ -31,7 +31,7 @@ _DOC = """{rank}-D convolution whose kernel is decomposed dynamically (drop-in f
     ``kernel_size`` k, odd                      channel fusion alone: the residual is a 1×1 at the centre tap
     ``joint=True``                              joint fusion of channels and kernel elements (Eq. 9)
     ``groups == in_channels > 1``               depthwise: P (Co, L_k), Φ (L_k, L_k), R (∏k, L_k) (Eq. 8)
-    other ``groups > 1``                        block-diagonal, ``blocks`` a multiple of ``groups``
+    other ``groups > 1``                        block-diagonal (Eq. 7), ``blocks`` a multiple of ``groups``
     ``channel_attention=False``                 Λ = 1 (Eq. 5)
     ``channel_fusion=False``                    ΛW0 alone: any kernel size and groups
     ==========================================  ===========================================================
@@ -43,7 +43,8 @@ _DOC = """{rank}-D convolution whose kernel is decomposed dynamically (drop-in f
             ``'released'``, or a function of (in_channels, out_channels); see :mod:`dcd_kernels.nn.latent`.
             A depthwise layer has none: a number raises.
         latent_kernel: ``L_k``; by default ``⌊∏k / 2⌋``. Only for depthwise and joint layers.
-        blocks: ``B`` of Eq. 7.
+        blocks: ``B`` of Eq. 7; by default ``groups`` for a grouped layer with channel fusion that is not
+            depthwise, else 1.
         joint: fuse kernel elements too. Not with groups or blocks.
         channel_attention, channel_fusion: whether there is a Λ, a Φ.
         reduction: ``r``; the branch squeezes to ``max(in_channels, out_channels) // r``, at least 4. The
@@ -88,7 +89,7 @@ class _DCDConv(DCDLayer):
         *,
         latent_channels: int | str | LatentRule = "halving",
         latent_kernel: int | None = None,
-        blocks: int = 1,
+        blocks: int | None = None,
         joint: bool = False,
         channel_attention: bool = True,
         channel_fusion: bool = True,
@@ -104,13 +105,15 @@ class _DCDConv(DCDLayer):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        self._set_sizes(in_channels, out_channels, blocks)
+        self._set_sizes(in_channels, out_channels, 1 if blocks is None else blocks)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = per_dimension(name, "kernel_size", kernel_size, self.spatial, 1)
         self.stride = per_dimension(name, "stride", stride, self.spatial, 1)
         self.dilation = per_dimension(name, "dilation", dilation, self.spatial, 1)
-        self.groups = groups
+        self._set_groups(groups)
+        if blocks is None and channel_fusion and not joint and not self.depthwise:
+            self.blocks = groups
         self.padding_mode = padding_mode
         one_of(f"{name}: padding_mode", padding_mode, PADDING_MODES)
         self._set_padding(padding)
@@ -146,6 +149,19 @@ class _DCDConv(DCDLayer):
         """Whether every input channel has kernels of its own (Eq. 8)."""
         return self.groups > 1 and self.groups == self.in_channels
 
+    def _set_groups(self, groups: int) -> None:
+        if (
+            not isinstance(groups, int)
+            or groups < 1
+            or self.in_channels % groups
+            or self.out_channels % groups
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: groups must be a positive integer that divides in_channels and "
+                f"out_channels, got {groups!r} for {self.in_channels} and {self.out_channels}"
+            )
+        self.groups = groups
+
     def _set_padding(self, padding: int | Sequence[int] | str) -> None:
         name = type(self).__name__
         if isinstance(padding, str):
@@ -170,16 +186,6 @@ class _DCDConv(DCDLayer):
         self, latent: int | str | LatentRule, latent_kernel: int | None, joint: bool, channel_fusion: bool
     ) -> None:
         name, groups, blocks = type(self).__name__, self.groups, self.blocks
-        if (
-            not isinstance(groups, int)
-            or groups < 1
-            or self.in_channels % groups
-            or self.out_channels % groups
-        ):
-            raise ValueError(
-                f"{name}: groups must be a positive integer that divides in_channels and out_channels, "
-                f"got {groups!r} for {self.in_channels} and {self.out_channels}"
-            )
         if latent_kernel is not None:
             if not (channel_fusion and (joint or self.depthwise)):
                 raise ValueError(
@@ -235,7 +241,7 @@ class _DCDConv(DCDLayer):
             f"(N, {self.in_channels}, {', '.join('DHW'[3 - self.spatial :])})",
             input.dim() == self.spatial + 2 and input.shape[1] == self.in_channels,
         )
-        lam, phi = self.coefficients(input if condition is None else condition)
+        lam, phi = self.coefficients(self._conditioned(input, condition))
         padding = self.padding
         if self._margins:
             input, padding = F.pad(input, self._margins, mode=self.padding_mode), 0
@@ -263,12 +269,13 @@ class _DCDConv(DCDLayer):
 
         W0 and the bias are the parameters of ``conv`` themselves, not copies: an optimiser that holds them,
         tied weights and ``requires_grad`` stay as they are. λ = 1 and Φ = 0 for every input; P, Q and R are
-        random, so that Φ has a gradient at once, and P, Q, R and the first FC from the second step on.
+        random, so that Φ has a gradient at once, and P, Q, R and the first FC from the second step on. An
+        optimiser made before does not have the new parameters: add those of the layer that are not its own
+        already. They are trainable, also where those of ``conv`` are frozen.
 
         Args:
             conv: an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` to match this class.
-            **options: the keyword-only arguments of this class. ``blocks`` defaults to ``conv.groups`` for
-                a grouped convolution that is not depthwise.
+            **options: the keyword-only arguments of this class.
 
         Raises:
             TypeError: another module, a subclass, or one with hooks or recomputed weights.
@@ -279,8 +286,6 @@ class _DCDConv(DCDLayer):
             raise TypeError(
                 f"{cls.__name__}.from_conv needs an nn.{cls.static.__name__}, got {type(conv).__name__}"
             )
-        if conv.groups not in (1, conv.in_channels) and options.get("channel_fusion", True):
-            options = {"blocks": conv.groups, **options}
 
         def make(**factory) -> _DCDConv:
             return cls(

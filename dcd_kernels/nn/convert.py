@@ -76,6 +76,9 @@ def convert(model: nn.Module, where: Where | None = None, **options) -> nn.Modul
     stay as they are), dtype, device and training mode; λ = 1 and Φ = 0, so the network's output is unchanged
     until it is trained. A layer used in several places becomes one DCD layer used in those places.
 
+    An optimiser made before does not have the new parameters (``p``, ``q``, ``r`` and the ``branch``): make
+    it afterwards, or add them. They are trainable, also in a network whose parameters are frozen.
+
     Args:
         model: the network. A model that is itself a convolution or a linear layer cannot be replaced in
             place: the DCD layer is returned.

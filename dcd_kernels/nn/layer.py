@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dcd_kernels.checks import ACTIVATIONS
 from dcd_kernels.nn.branch import DynamicBranch, one_of
 from dcd_kernels.nn.latent import LatentRule, latent_channels, squeeze_channels
-
-ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish")
 
 # The classes that a DCD layer can be made from. Subclasses are left out on purpose: theirs may be another
 # computation (standardised weights, "same" padding of TensorFlow, parametrisations).
@@ -31,6 +31,8 @@ class DCDLayer(nn.Module):
     latent_channels: int | None = None
     latent_kernel: int | None = None
     blocks: int = 1
+    # What the option is called in this class; the branch's own names are other ones.
+    condition_option = "condition_channels"
 
     def _set_sizes(
         self,
@@ -76,7 +78,7 @@ class DCDLayer(nn.Module):
         otherwise no Φ at all). ``latent_kernel`` None: no R.
         """
         name = type(self).__name__
-        one_of(f"{name}: activation", activation, ACTIVATIONS)
+        one_of(f"{name}: activation", activation, list(ACTIVATIONS))
         if not channel_attention and latent_rule is None and latent_kernel is None:
             raise ValueError(
                 f"{name}: channel_attention and channel_fusion must not both be False: "
@@ -85,7 +87,7 @@ class DCDLayer(nn.Module):
         if condition_channels is None:
             condition_channels = in_channels
         elif condition_channels < 1:
-            raise ValueError(f"{name}: condition_channels must be at least 1, got {condition_channels}")
+            raise ValueError(f"{name}: {self.condition_option} must be at least 1, got {condition_channels}")
 
         factory = {"device": device, "dtype": dtype}
 
@@ -101,9 +103,14 @@ class DCDLayer(nn.Module):
 
         phi_shape = None
         if latent_rule is not None:
-            latent = latent_channels(
-                latent_rule, in_channels, out_channels, blocks=self.blocks, latent_kernel=latent_kernel or 1
-            )
+            with self._own_errors():
+                latent = latent_channels(
+                    latent_rule,
+                    in_channels,
+                    out_channels,
+                    blocks=self.blocks,
+                    latent_kernel=latent_kernel or 1,
+                )
             self.latent_channels = latent
             self.p, self.q = parameter(out_channels, latent), parameter(in_channels, latent)
             phi_shape = (latent, latent) if self.blocks == 1 else (self.blocks, latent, latent)
@@ -115,17 +122,18 @@ class DCDLayer(nn.Module):
                 phi_shape = (latent_kernel, latent_kernel)
             else:
                 phi_shape = (latent_kernel, *phi_shape)
-        self.branch = DynamicBranch(
-            condition_channels,
-            out_channels if channel_attention else 0,
-            phi_shape,
-            squeeze_channels=squeeze_channels(in_channels, out_channels, reduction)
-            if squeeze is None
-            else squeeze,
-            pool_size=pool_size,
-            **branch_options,
-            **factory,
-        )
+        with self._own_errors():
+            self.branch = DynamicBranch(
+                condition_channels,
+                out_channels if channel_attention else 0,
+                phi_shape,
+                squeeze_channels=squeeze_channels(in_channels, out_channels, reduction)
+                if squeeze is None
+                else squeeze,
+                pool_size=pool_size,
+                **branch_options,
+                **factory,
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -181,6 +189,28 @@ class DCDLayer(nn.Module):
         if self.activation is not None:
             text += f", activation={self.activation!r}"
         return text
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """Errors of the branch and of the rules for sizes name this class and its options."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            message = str(error)
+            if message.startswith("dropout "):
+                message = f"branch_{message}"
+            raise type(error)(f"{type(self).__name__}: {message}") from error
+
+    def _conditioned(self, input: Tensor, condition: Tensor | None) -> Tensor:
+        """What λ and Φ are computed from."""
+        if condition is None:
+            return input
+        if condition.dim() < 2 or condition.shape[0] != input.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: condition must have the batch size of input, {input.shape[0]}, in "
+                f"its first dimension and channels beside it, got {tuple(condition.shape)}"
+            )
+        return condition
 
     def _check_input(self, input: Tensor, wanted: str, right: bool) -> None:
         if not right:

@@ -39,6 +39,8 @@ class DCDLinear(DCDLayer):
     Source: paper, Section 5.2 ("a special case of pointwise convolution"), Eqs. 6 and 7.
     """
 
+    condition_option = "condition_features"
+
     def __init__(
         self,
         in_features: int,
@@ -99,7 +101,7 @@ class DCDLinear(DCDLayer):
         self._check_input(
             input, f"(N, ..., {self.in_features})", input.dim() >= 2 and input.shape[-1] == self.in_features
         )
-        lam, phi = self.coefficients(input if condition is None else condition)
+        lam, phi = self.coefficients(self._conditioned(input, condition))
         return functional.dcd_linear(
             input,
             self.weight,
@@ -118,6 +120,9 @@ class DCDLinear(DCDLayer):
 
         As :meth:`DCDConv2d.from_conv`: W0 and the bias are the parameters of ``linear`` themselves, λ = 1 and
         Φ = 0 for every input, P and Q are random.
+
+        An optimiser made before does not have the new parameters: add those of the layer that are not its own
+        already. They are trainable, also where those of ``linear`` are frozen.
 
         Args:
             linear: an ``nn.Linear``.
