@@ -75,7 +75,8 @@ def table(rows: Sequence[dict]) -> str:
             ", everything limited to it" if run["isa"] != "native" else ""
         )
         lines.append(
-            f"- {run['cpu']}, one thread, {kernels}; torch {run['torch']}, commit {run['commit'][:12]}, {date[:10]}."
+            f"- {run['cpu']}, one thread, {kernels}; "
+            f"torch {run['torch']}, commit {run['commit'][:12]}, {date[:10]}."
         )
     return "\n".join(lines)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Gradients of maps as large as a network's first layers: sums of thousands of terms, where digits are lost."""
+"""Gradients of maps as large as a network's first layers: sums of thousands of terms can lose digits."""
 
 import pytest
 import torch
