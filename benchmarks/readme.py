@@ -70,13 +70,13 @@ def table(rows: Sequence[dict]) -> str:
         cells = (title, f"**{mean:.2f}**", *(f"{value:.2f} ({case})" for value, case in (best, worst)))
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    for date, run in sorted(runs.items()):
+    for run in (runs[date] for date in sorted(runs)):
         kernels = f"kernels for {run['ours_isa']}" + (
             ", everything limited to it" if run["isa"] != "native" else ""
         )
         lines.append(
-            f"- {run['cpu']}, one thread, {kernels}; "
-            f"torch {run['torch']}, commit {run['commit'][:12]}, {date[:10]}."
+            f"- {run['task'].capitalize()}: {run['cpu']}, one thread, {kernels}; "
+            f"torch {run['torch']}, commit {run['commit'][:12]}, {run['date'][:10]}."
         )
     return "\n".join(lines)
 
