@@ -168,7 +168,7 @@ def make_case(form: str, **options) -> Case:
     for name, tensor in tensors.items():
         if tensor is not None:
             image = name in ("input", "static", "residual")
-            tensors[name] = in_layout(tensor, layout, image).to(device).requires_grad_(requires_grad)
+            tensors[name] = in_layout(tensor.to(device), layout, image).requires_grad_(requires_grad)
     return Case(form, function, tensors, {**rest, "activation": activation})
 
 
@@ -188,17 +188,24 @@ def in_layout(tensor: Tensor, layout: str, image: bool = True) -> Tensor:
     if layout == "channels_last" and image and tensor.dim() > 2:
         return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":
-        larger = torch.full([length + 3 for length in tensor.shape], float("nan"), dtype=tensor.dtype)
+        sizes = [length + 3 for length in tensor.shape]
+        larger = torch.full(sizes, float("nan"), dtype=tensor.dtype, device=tensor.device)
         return larger[tuple(slice(1, 1 + length) for length in tensor.shape)].copy_(tensor)
     return tensor.contiguous()
 
 
-def assert_close_to_truth(got: Tensor, torch_same_precision: Tensor, truth64: Tensor, what: str = "") -> None:
+def assert_close_to_truth(
+    got: Tensor,
+    torch_same_precision: Tensor,
+    truth64: Tensor,
+    what: str = "",
+    eps: float | None = None,
+) -> None:
     """Error at most twice that of plain PyTorch at the same precision, plus 4 eps times the truth's norm.
 
     ``torch_same_precision`` is what the reference computes from the same tensors; ``truth64`` the float64
-    answer to their exact values. Shape and dtype must agree, and everything that is finite in truth must be
-    finite.
+    answer to their exact values; ``eps`` is that of the dtype unless the products are asked for in less
+    (tf32). Shape and dtype must agree, and everything that is finite in truth must be finite.
     """
     assert got.shape == truth64.shape, f"{what} shape {tuple(got.shape)}, expected {tuple(truth64.shape)}"
     assert got.dtype == torch_same_precision.dtype, f"{what} {got.dtype}, not {torch_same_precision.dtype}"
@@ -208,7 +215,7 @@ def assert_close_to_truth(got: Tensor, torch_same_precision: Tensor, truth64: Te
     assert not lost.any(), f"{what} {int(lost.sum())} of {lost.numel()} values are not finite"
     error = torch.linalg.vector_norm(mine - truth).item()
     allowed = 2 * torch.linalg.vector_norm(plain - truth).item()
-    allowed += 4 * torch.finfo(got.dtype).eps * torch.linalg.vector_norm(truth).item()
+    allowed += 4 * (eps or torch.finfo(got.dtype).eps) * torch.linalg.vector_norm(truth).item()
     assert error <= allowed, f"{what} error {error:.3g}, allowed {allowed:.3g}"
 
 

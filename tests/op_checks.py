@@ -11,11 +11,20 @@ from operands import Case, call, operands, plain
 from dcd_kernels.checks import ACTIVATIONS
 
 
-def values(case: Case, dtype: torch.dtype, layout: str, isa: str, *, wide: bool = False) -> None:
-    tensors = operands(case, dtype, layout, wide=wide)
+def values(
+    case: Case,
+    dtype: torch.dtype,
+    layout: str,
+    isa: str | None,
+    *,
+    wide: bool = False,
+    device: torch.device | str = "cpu",
+    eps: float | None = None,
+) -> None:
+    tensors = operands(case, dtype, layout, wide=wide, device=device)
     with given.instruction_set(isa):
         got = call(case, tensors)
-    assert_close_to_truth(got, plain(case, tensors), given.truth(case, tensors))
+    assert_close_to_truth(got, plain(case, tensors), given.truth(case, tensors), eps=eps)
     followed = given.is_channels_last(tensors[0])
     assert given.is_channels_last(got) == (followed and not got.is_contiguous())
     if not followed:
@@ -105,17 +114,32 @@ def denormals(case: Case, layout: str, isa: str) -> None:
     assert (tiny * 1.0).ne(0).all(), "the kernel left denormals flushed"
 
 
-def opcheck(case: Case, dtype: torch.dtype, layout: str, *, wide: bool = False) -> None:
+def opcheck(
+    case: Case,
+    dtype: torch.dtype,
+    layout: str,
+    *,
+    wide: bool = False,
+    device: torch.device | str = "cpu",
+) -> None:
     op = getattr(torch.ops.dcd_kernels, case.op).default
     code = ACTIVATIONS[case.activation]
-    tensors = operands(case, dtype, layout, wide=wide, requires_grad=True)
+    tensors = operands(case, dtype, layout, wide=wide, requires_grad=True, device=device)
     torch.library.opcheck(op, (*tensors, *case.geometry, code))
 
 
-def opcheck_backward(case: Case, dtype: torch.dtype, layout: str, needs: int, *, wide: bool = False) -> None:
+def opcheck_backward(
+    case: Case,
+    dtype: torch.dtype,
+    layout: str,
+    needs: int,
+    *,
+    wide: bool = False,
+    device: torch.device | str = "cpu",
+) -> None:
     op = getattr(torch.ops.dcd_kernels, case.op + "_backward").default
-    factors = operands(case, dtype, layout, wide=wide)[:6]
-    grad = torch.randn(case.batch, case.out_channels, *case.out_size).to(dtype)
+    factors = operands(case, dtype, layout, wide=wide, device=device)[:6]
+    grad = torch.randn(case.batch, case.out_channels, *case.out_size).to(device, dtype)
     for index, factor in enumerate(factors):
         if factor is None:
             needs &= ~(1 << index)

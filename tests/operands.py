@@ -130,6 +130,7 @@ def operands(
     *,
     wide: bool = False,
     requires_grad: bool = False,
+    device: torch.device | str = "cpu",
 ) -> list[Tensor | None]:
     """The tensors of a case in the op's order; `wide`: lam, phi, bias in float32 beside half precision."""
     generator = torch.Generator().manual_seed((SEED + zlib.crc32(str(case).encode())) % 2**31)
@@ -140,7 +141,7 @@ def operands(
             continue
         own = torch.float32 if wide and name in ("lam", "phi", "bias") else dtype
         tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
-        tensor = ((tensor.abs() if case.positive else tensor) * case.scale(name)).to(own)
+        tensor = ((tensor.abs() if case.positive else tensor) * case.scale(name)).to(device, own)
         tensor = in_layout(tensor, layout, image=name in ("input", "static", "residual"))
         tensors.append(tensor.requires_grad_(requires_grad))
     if case.op == "apply" and not case.dynamic:
@@ -224,7 +225,11 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def instruction_set(isa: str):
+def instruction_set(isa: str | None):
+    """The CPU kernels at one instruction set; None leaves them alone, on devices that have none."""
+    if isa is None:
+        yield
+        return
     before = torch.ops.dcd_kernels.cpu_isa()
     torch.ops.dcd_kernels.set_cpu_isa(isa)
     try:

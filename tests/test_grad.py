@@ -126,19 +126,19 @@ def away_from_kinks(case, tensors, distance):
     return ~near
 
 
-def check_values(case, dtype, layout, isa, *, wide=False):
-    tensors = with_grad(case, operands(case, dtype, layout, wide=wide))
+def check_values(case, dtype, layout, isa, *, wide=False, device="cpu", eps=None):
+    tensors = with_grad(case, operands(case, dtype, layout, wide=wide, device=device))
     names = [key for key, t in zip(case.names, tensors, strict=True) if t is not None and t.requires_grad]
-    grad = torch.randn(case.batch, case.out_channels, *case.out_size, dtype=dtype)
+    grad = torch.randn(case.batch, case.out_channels, *case.out_size, dtype=dtype).to(device)
     grad = in_layout(grad.abs() if case.positive else grad, layout)
-    grad = grad * away_from_kinks(case, tensors, 16 * torch.finfo(dtype).eps).to(dtype)
+    grad = grad * away_from_kinks(case, tensors, 16 * (eps or torch.finfo(dtype).eps)).to(device, dtype)
     with given.instruction_set(isa):
         got = grads_of(lambda t: call(case, t), tensors, grad)
     same = grads_of(lambda t: plain(case, t), tensors, grad)
     high = in_float64(tensors)
     truth = grads_of(lambda t: plain(case, t), high, grad.double())
     for key, mine, theirs, right in zip(names, got, same, truth, strict=True):
-        assert_close_to_truth(mine, theirs, right, f"d {key}")
+        assert_close_to_truth(mine, theirs, right, f"d {key}", eps)
     return dict(zip(names, got, strict=True)), dict(zip(case.names, tensors, strict=True))
 
 
