@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 
-def _is_channels_last(reference: Tensor) -> bool:
+def is_channels_last(reference: Tensor) -> bool:
     return not reference.is_contiguous() and reference.stride(1) == 1 and reference.shape[1] > 1
 
 
-def _empty(reference: Tensor, channels, spatial) -> Tensor:
+def empty_map(reference: Tensor, channels, spatial) -> Tensor:
     """An uninitialised (N, channels, *spatial) in the memory layout of `reference`."""
     batch = reference.shape[0]
     shape = (batch, channels, *spatial)
-    if not _is_channels_last(reference):
+    if not is_channels_last(reference):
         return reference.new_empty(shape)
     strides = [0] * len(shape)
     strides[1] = 1
@@ -43,14 +43,14 @@ def _empty_gradients(grad: Tensor, factors, laid_out: int, needs: int) -> tuple[
             dtype = computed if factor is None else factor.dtype
             gradients.append(grad.new_empty((0,), dtype=dtype))
         elif index < laid_out:
-            gradients.append(_empty(factor, factor.shape[1], factor.shape[2:]))
+            gradients.append(empty_map(factor, factor.shape[1], factor.shape[2:]))
         else:
             gradients.append(factor.new_empty(factor.shape))
     return tuple(gradients)
 
 
 def _pointwise(input, weight, p, phi, q, lam, bias, residual, activation):
-    return _empty(input, weight.shape[0], input.shape[2:])
+    return empty_map(input, weight.shape[0], input.shape[2:])
 
 
 def _pointwise_backward(grad, input, weight, p, phi, q, lam, needs):
@@ -58,7 +58,7 @@ def _pointwise_backward(grad, input, weight, p, phi, q, lam, needs):
 
 
 def _apply(static, input, p, phi, q, lam, bias, residual, activation):
-    return _empty(static, static.shape[1], static.shape[2:])
+    return empty_map(static, static.shape[1], static.shape[2:])
 
 
 def _apply_backward(grad, static, input, p, phi, q, lam, needs):
@@ -72,7 +72,7 @@ def _depthwise(input, weight, p, phi, r, lam, bias, residual, stride, padding, d
             input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
         )
     ]
-    return _empty(input, weight.shape[0], spatial)
+    return empty_map(input, weight.shape[0], spatial)
 
 
 def _depthwise_backward(grad, input, weight, p, phi, r, lam, stride, padding, dilation, needs):

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tile sizes: a few candidates a kernel, the fastest of them remembered on disk for each device.
+
+Environment: ``DCD_KERNELS_TUNE=0`` measures nothing and takes each kernel's first fitting candidate;
+``DCD_KERNELS_CACHE`` is the folder of the remembered choices, by default ``~/.cache/dcd_kernels``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+TUNE, FOLDER = "DCD_KERNELS_TUNE", "DCD_KERNELS_CACHE"
+_ROUNDS = 5
+_TRIED = 3
+_chosen: dict[tuple[int, str], Config] = {}
+_remembered: dict[int, dict[str, list[int]]] = {}
+_lock = threading.Lock()
+
+
+class Config(NamedTuple):
+    """One tile: rows, columns and depth as the kernel's docstring names them, and how it is scheduled."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def choose(kernel: str, key: tuple, candidates: Sequence[Config], run: Callable[[Config], None]) -> Config:
+    """The candidate for a call that ``key`` describes; ``run(config)`` launches it, as often as wanted.
+
+    The first candidate must fit every device. It is what runs while nothing may be measured: under CUDA-graph
+    capture, without a GPU, or by the user's wish.
+    """
+    if len(candidates) == 1 or not torch.cuda.is_available() or os.environ.get(TUNE) == "0":
+        return candidates[0]
+    device = torch.cuda.current_device()
+    name = f"{kernel} {' '.join(map(str, key))}"
+    known = _chosen.get((device, name))
+    if known is not None:
+        return known
+    if torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    with _lock:
+        remembered = _remembered.setdefault(device, _read(device))
+        found = remembered.get(name)
+        if found is None or Config(*found) not in candidates:
+            found = _measure(candidates, run)
+            remembered[name] = list(found)
+            _write(device, remembered)
+        _chosen[device, name] = Config(*found)
+        return _chosen[device, name]
+
+
+def fitting(candidates: Sequence[Config], m: int, n: int, k: int) -> list[Config]:
+    """The largest three of the candidates that are no wider in any direction than what they cover."""
+    widest = [max(16, bucket(size)) for size in (m, n, k)]
+    fits = [c for c in candidates if all(own <= most for own, most in zip(c[:3], widest, strict=True))]
+    # beyond 128 × 64 × 64 a larger tile is worth a trial, not a first choice
+    return sorted(fits, key=lambda c: -min(c.block_m, 128) * min(c.block_n, 64) * min(c.block_k, 64))[:_TRIED]
+
+
+def bucket(count: int) -> int:
+    """The power of two at or above ``count``: calls of similar size share a choice."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _measure(candidates: Sequence[Config], run: Callable[[Config], None]) -> Config:
+    best, fastest = candidates[0], float("inf")
+    for config in candidates:
+        try:
+            run(config)  # compiles
+        except triton.runtime.errors.OutOfResources:
+            continue  # more shared memory than this device has
+        times = []
+        for _ in range(_ROUNDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(config)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        time = statistics.median(times)
+        if time < fastest:
+            best, fastest = config, time
+    return best
+
+
+def _path(device: int) -> Path:
+    properties = torch.cuda.get_device_properties(device)
+    name = "".join(c if c.isalnum() else "-" for c in properties.name)
+    folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "dcd_kernels")
+    return folder / f"tiles-{name}-triton-{triton.__version__}.json"
+
+
+def _read(device: int) -> dict[str, list[int]]:
+    try:
+        found = json.loads(_path(device).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(device: int, choices: dict[str, list[int]]) -> None:
+    """A whole file at once, so that a process that reads meanwhile sees an old or a new one; best effort."""
+    path = _path(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
+            json.dump(_read(device) | choices, stream, indent=0, sort_keys=True)
+        os.replace(stream.name, path)
+    except OSError:
+        pass  # a read-only home costs measuring again in the next process
