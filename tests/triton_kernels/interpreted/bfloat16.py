@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """bfloat16 made right in Triton's interpreter.
 
-The interpreter keeps bfloat16 in NumPy's uint16 and, in 3.6 and 3.9, computes on the integers: products, sums,
-comparisons and reductions are silently wrong, and a cast from float32 truncates. Inside of `right_bfloat16()`
-every operation on it widens to float32, computes, and rounds to nearest even once, as the hardware does.
+The interpreter keeps bfloat16 in NumPy's uint16 and, in 3.6 and 3.9, computes on the integers: products,
+sums, comparisons and reductions are silently wrong, and a cast from float32 truncates. Inside of
+`right_bfloat16()` every operation on it widens to float32, computes, and rounds to nearest even once, as the
+hardware does.
 Operations that only move elements are left alone. What is neither (atomics, for one) raises, so that no test
 can pass on garbage; padding a descriptor's loads with NaN is the one thing that is not caught.
 """
