@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The dynamic branch's formulas that the CPU and the GPU share: codes, activations, tiles of the pooling.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#    define DCD_FORMULA __host__ __device__ __forceinline__
+#else
+#    define DCD_FORMULA inline
+#endif
+
+namespace dcd {
+
+// Between the two FCs. The first five are the codes of Activation; kGateSE has a matrix of its own.
+enum Gate : int { kGateNone = 0, kGateRelu, kGateRelu6, kGateSilu, kGateHardswish, kGateSE, kGateEnd };
+
+enum LamActivation : int {
+    kLamOnePlus = 0,
+    kLamHardsigmoid2,
+    kLamSigmoid2,
+    kLamHardsigmoid,
+    kLamSigmoid,
+    kLamEnd
+};
+
+// What the kernel's shared memory has room for.
+constexpr int64_t kBranchMaxInputs = 8192, kBranchMaxHidden = 1024;
+
+// Channel sums are taken in this many tiles of pixels: few enough that the partial sums are less than one
+// hundredth of the image, many enough that one large image keeps a GPU busy. No image without pixels has none,
+// so that there is always something to add up.
+constexpr int64_t kPoolTilePixels = 512, kPoolMaxTiles = 16;
+
+inline int64_t pool_tiles(int64_t pixels) {
+    const int64_t tiles = (pixels + kPoolTilePixels - 1) / kPoolTilePixels;
+    return tiles < 1 ? 1 : tiles > kPoolMaxTiles ? kPoolMaxTiles : tiles;
+}
+
+// Pixels of each tile but the last ones, which may have fewer or none. Eights, so that tiles of an aligned
+// plane are aligned.
+inline int64_t pool_tile_pixels(int64_t pixels, int64_t tiles) {
+    return ((pixels + tiles - 1) / tiles + 7) / 8 * 8;
+}
+
+// Comparisons, not fmin and fmax: those would turn NaN into a number.
+template <class T>
+DCD_FORMULA T relu6(T x) {
+    return x < T(0) ? T(0) : x > T(6) ? T(6) : x;
+}
+
+template <class T>
+DCD_FORMULA T sigmoid(T x) {
+    return T(1) / (T(1) + std::exp(-x));
+}
+
+// The activation between the FCs; kGateSE's needs the gate's logits and is se_gate.
+template <class T>
+DCD_FORMULA T gate_activation(T x, int gate) {
+    switch (gate) {
+        case kGateRelu:
+            return x < T(0) ? T(0) : x;
+        case kGateRelu6:
+            return relu6(x);
+        case kGateSilu:
+            return x * sigmoid(x);
+        case kGateHardswish:
+            return x * relu6(x + T(3)) / T(6);
+        default:
+            return x;
+    }
+}
+
+template <class T>
+DCD_FORMULA T se_gate(T hidden, T logit) {
+    return hidden * (relu6(logit + T(3)) / T(3));
+}
+
+template <class T>
+DCD_FORMULA T lam_activation(T logit, int code) {
+    switch (code) {
+        case kLamHardsigmoid2:
+            return relu6(logit + T(3)) / T(3);
+        case kLamSigmoid2:
+            return T(2) * sigmoid(logit);
+        case kLamHardsigmoid:
+            return relu6(logit + T(3)) / T(6);
+        case kLamSigmoid:
+            return sigmoid(logit);
+        default:
+            return T(1) + logit;
+    }
+}
+
+}  // namespace dcd

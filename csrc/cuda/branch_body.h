@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The branch kernel itself, on a machine M: on the GPU its intrinsics (machine.h), in the tests a cluster of
+// blocks that runs on the CPU.
+#pragma once
+
+#include "branch.h"
+
+namespace dcd::cuda {
+
+// Four neighbouring numbers in shared memory, read at once.
+struct alignas(16) Four {
+    float x, y, z, w;
+};
+
+// Where element k of a vector lies in shared memory. A lane multiplies kVector<E> neighbouring elements, which it
+// reads in fours; the first fours of all lanes lie side by side, then the second ones, so that the lanes' reads
+// fall into different banks. Fours that stay where they are for 4-byte weights.
+template <class E>
+DCD_INDEX int slot(int k) {
+    constexpr int v = kVector<E>, chunk = kWarp * v;
+    const int within = k % chunk;
+    return k - within + within % v / 4 * (4 * kWarp) + within / v * 4 + within % 4;
+}
+
+// The products that a warp has after one pass over its rows: of row r and sample j at [r * SAMPLES + j].
+template <int SAMPLES>
+constexpr int kProducts = kBranchRows * SAMPLES;
+
+// After add_up, lane l has the totals of products first_product(l), … (kOwned of them); of lanes that have the
+// same ones, the first is the owner.
+template <int COUNT>
+constexpr int kOwned = COUNT > kWarp ? COUNT / kWarp : 1;
+
+template <int COUNT>
+DCD_INDEX int first_product(int lane) {
+    int first = 0, count = COUNT;
+    for (int apart = kWarp / 2; apart && count > 1; apart /= 2) {
+        count /= 2;
+        if (lane & apart) first += count;
+    }
+    return first;
+}
+
+template <int COUNT>
+DCD_INDEX bool owns_products(int lane) {
+    return COUNT >= kWarp || lane % (kWarp / (COUNT < kWarp ? COUNT : kWarp)) == 0;
+}
+
+// Sums over the warp's lanes. At each step two lanes share their products: each keeps one half and sends the
+// other, which takes a sixth of the exchanges that a sum for each product would.
+template <int COUNT, class M>
+DCD_BODY void add_up(const M& m, float (&products)[COUNT], int lane) {
+    int count = COUNT;
+    DCD_UNROLL
+    for (int apart = kWarp / 2; apart; apart /= 2) {
+        if (count > 1) {
+            count /= 2;
+            const bool upper = lane & apart;
+            DCD_UNROLL
+            for (int i = 0; i < COUNT / 2; ++i) {
+                if (i >= count) break;
+                const float mine = upper ? products[i + count] : products[i];
+                const float theirs = upper ? products[i] : products[i + count];
+                products[i] = mine + m.exchange(theirs, apart);
+            }
+        } else {
+            products[0] += m.exchange(products[0], apart);
+        }
+    }
+}
+
+// A matrix as a block sees it: some of its columns.
+template <class E>
+struct Columns {
+    const E* from;   // first of them in row 0
+    int64_t stride;  // between rows
+    int rows, count;
+    bool wide;
+};
+
+// One lane's share of the products of rows row, row + 1, … with every sample's vector, of which element k is at
+// vectors[j * stride + slot(k)] and those behind the last up to `stride` are zero.
+template <class E, int SAMPLES>
+DCD_BODY void multiply(const Columns<E>& matrix, int row, const float* vectors, int stride, int lane,
+                       float (&products)[kProducts<SAMPLES>]) {
+    constexpr int v = kVector<E>;
+    const E* from[kBranchRows];
+    DCD_UNROLL
+    for (int r = 0; r < kBranchRows; ++r) {
+        // rows behind the last are computed from the last, and dropped
+        const int known = row + r < matrix.rows ? row + r : matrix.rows - 1;
+        from[r] = matrix.from + known * matrix.stride;
+    }
+    DCD_UNROLL
+    for (int i = 0; i < kProducts<SAMPLES>; ++i) products[i] = 0.0f;
+    for (int chunk = 0; chunk < matrix.count; chunk += kWarp * v) {
+        const int k = chunk + lane * v;
+        float weights[kBranchRows][v];
+        DCD_UNROLL
+        for (int r = 0; r < kBranchRows; ++r) {
+            if (matrix.wide && k < matrix.count) {
+                load_vector(from[r] + k, weights[r]);
+            } else {
+                DCD_UNROLL
+                for (int i = 0; i < v; ++i)
+                    weights[r][i] = k + i < matrix.count ? to_float(load_one(from[r] + k + i)) : 0.0f;
+            }
+        }
+        DCD_UNROLL
+        for (int part = 0; part < v / 4; ++part) {
+            const float* at = vectors + chunk + part * (4 * kWarp) + lane * 4;
+            DCD_UNROLL
+            for (int j = 0; j < SAMPLES; ++j) {
+                const Four x = *reinterpret_cast<const Four*>(at + j * stride);
+                DCD_UNROLL
+                for (int r = 0; r < kBranchRows; ++r) {
+                    const float* w = &weights[r][part * 4];
+                    float& sum = products[r * SAMPLES + j];
+                    sum += w[0] * x.x;
+                    sum += w[1] * x.y;
+                    sum += w[2] * x.z;
+                    sum += w[3] * x.w;
+                }
+            }
+        }
+    }
+}
+
+// store(row, sample, product) for rows first … last - 1 of a matrix, by the warps of the block in turn.
+template <class E, int SAMPLES, class M, class F>
+DCD_BODY void each_product(const M& m, const Columns<E>& matrix, int first, int last, const float* vectors,
+                           int stride, const F& store) {
+    constexpr int count = kProducts<SAMPLES>;
+    const int lane = m.thread() % kWarp, warp = m.thread() / kWarp;
+    for (int row = first + warp * kBranchRows; row < last; row += kBranchWarps * kBranchRows) {
+        float products[count];
+        multiply<E, SAMPLES>(matrix, row, vectors, stride, lane, products);
+        add_up(m, products, lane);
+        if (!owns_products<count>(lane)) continue;
+        DCD_UNROLL
+        for (int i = 0; i < kOwned<count>; ++i) {
+            const int product = first_product<count>(lane) + i;
+            const int r = row + product / SAMPLES;
+            if (r < last) store(r, product % SAMPLES, products[i]);
+        }
+    }
+}
+
+template <class E>
+DCD_BODY float bias_of(const void* bias, int i) {
+    return bias ? to_float(load_one(static_cast<const E*>(bias) + i)) : 0.0f;
+}
+
+// lam, phi = f(expand · gate(squeeze · (scale · sums over T))), all in fp32.
+template <class E, int SAMPLES, class M>
+DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, float* shared) {
+    float* pooled = shared;                                  // [SAMPLES][pooled_stride], in slots
+    float* partial = pooled + SAMPLES * plan.pooled_stride;  // [SAMPLES][hidden], read by the other ranks
+    float* units = partial + SAMPLES * ((s.hidden + 3) / 4 * 4);  // [SAMPLES][hidden_stride], in slots
+    const int rank = static_cast<int>(m.block_x() % plan.ranks), thread = m.thread();
+    const int64_t first_sample = m.block_x() / plan.ranks * SAMPLES;
+    const int first_column = rank * plan.columns;
+    int columns = s.inputs - first_column;
+    columns = columns < 0 ? 0 : columns < plan.columns ? columns : plan.columns;
+
+    for (int j = 0; j < SAMPLES; ++j) {
+        const int64_t n = first_sample + j;
+        const float* sums = s.sums + n * s.tiles * s.inputs + first_column;
+        for (int k = thread; k < plan.pooled_stride; k += kBranchThreads) {
+            float sum = 0.0f;
+            if (n < s.batch && k < columns) {
+                DCD_UNROLL_BY_4
+                for (int t = 0; t < s.tiles; ++t) sum += to_float(load_one(sums + int64_t{t} * s.inputs + k));
+            }
+            pooled[j * plan.pooled_stride + slot<E>(k)] = sum * s.scale;
+        }
+    }
+    m.sync();
+
+    const Columns<E> squeeze{static_cast<const E*>(s.squeeze) + first_column, s.inputs, s.hidden, columns,
+                             plan.wide_squeeze};
+    each_product<E, SAMPLES>(m, squeeze, 0, s.hidden, pooled, plan.pooled_stride,
+                             [&](int row, int j, float product) { partial[j * s.hidden + row] = product; });
+    m.sync_cluster();
+
+    for (int j = 0; j < SAMPLES; ++j) {
+        for (int k = thread; k < plan.hidden_stride; k += kBranchThreads) {
+            float unit = 0.0f;
+            if (k < s.hidden) {
+                for (int q = 0; q < plan.ranks; ++q) unit += m.of_rank(partial, q)[j * s.hidden + k];
+                unit = gate_activation(unit + bias_of<E>(s.squeeze_bias, k), s.gate_code);
+            }
+            units[j * plan.hidden_stride + slot<E>(k)] = unit;
+        }
+    }
+    // of the cluster: no block may end, and take its memory away, before the others have read it
+    m.sync_cluster();
+
+    if (s.gate_code == kGateSE) {
+        float* gated = units + SAMPLES * plan.hidden_stride;
+        for (int k = s.hidden + thread; k < plan.hidden_stride; k += kBranchThreads)
+            for (int j = 0; j < SAMPLES; ++j) gated[j * plan.hidden_stride + slot<E>(k)] = 0.0f;
+        const Columns<E> gate{static_cast<const E*>(s.gate), s.hidden, s.hidden, s.hidden, plan.wide_gate};
+        each_product<E, SAMPLES>(m, gate, 0, s.hidden, units, plan.hidden_stride,
+                                 [&](int row, int j, float product) {
+                                     const int at = j * plan.hidden_stride + slot<E>(row);
+                                     gated[at] = se_gate(units[at], product + bias_of<E>(s.gate_bias, row));
+                                 });
+        m.sync();
+        units = gated;
+    }
+
+    const Columns<E> expand{static_cast<const E*>(s.expand), s.hidden, s.outputs, s.hidden, plan.wide_expand};
+    const int first_row = rank * plan.rows;
+    const int last_row = first_row + plan.rows < s.outputs ? first_row + plan.rows : s.outputs;
+    each_product<E, SAMPLES>(m, expand, first_row, last_row, units, plan.hidden_stride,
+                             [&](int row, int j, float product) {
+                                 const int64_t n = first_sample + j;
+                                 if (n >= s.batch) return;
+                                 const float logit = product + bias_of<E>(s.expand_bias, row);
+                                 const int others = s.outputs - s.lam_channels;
+                                 if (row < s.lam_channels)
+                                     s.lam[n * s.lam_channels + row] = lam_activation(logit, s.lam_code);
+                                 else
+                                     s.phi[n * others + row - s.lam_channels] = logit;
+                             });
+}
+
+}  // namespace dcd::cuda
