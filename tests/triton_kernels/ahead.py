@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import triton
+from patching import replaced
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -101,27 +101,8 @@ def recording(label: str = "", *, every: bool = False) -> Iterator[list[Launch]]
             run(candidate)
         return candidates[0]
 
-    with _replaced(launcher.launch, record), _replaced(tuning.choose, choose):
+    with replaced(launcher.launch, record), replaced(tuning.choose, choose):
         yield launches
-
-
-@contextmanager
-def _replaced(original, other) -> Iterator[None]:
-    """In every module of the package that holds the function by some name."""
-    holders = [
-        (module, name)
-        for path, module in list(sys.modules.items())
-        if path.startswith("dcd_kernels.")
-        for name, value in list(vars(module).items())
-        if value is original
-    ]
-    for module, name in holders:
-        setattr(module, name, other)
-    try:
-        yield
-    finally:
-        for module, name in holders:
-            setattr(module, name, original)
 
 
 @dataclass(frozen=True)

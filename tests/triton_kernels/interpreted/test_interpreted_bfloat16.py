@@ -8,8 +8,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+import trial
 import triton
 import triton.language as tl
+from cases import assert_close_to_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 BF16 = torch.bfloat16
@@ -227,3 +229,18 @@ def test_other_types_are_left_alone(operation, dtype):
     out = torch.full((SIZE,), float("nan"), dtype=dtype)
     binary[(1,)](x, y, out, operation, SIZE)
     assert same(out, EXPECTED[operation](x, y))
+
+
+@pytest.mark.parametrize("scale_first", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, BF16), ids=str)
+def test_a_whole_kernel(dtype, scale_first):
+    """A product over odd sizes: every mask, a loop, a cast at the end."""
+    x, w = torch.randn(49, 40).to(dtype), torch.randn(33, 40).to(dtype)
+    scale = torch.randn(40)
+    got = trial.run(x, w, scale, SCALE_FIRST=scale_first, BLOCK_M=32, BLOCK_N=16, BLOCK_K=16)
+    if scale_first:
+        truth = (x.float() * scale).to(dtype).double() @ w.double().T
+    else:
+        truth = x.double() @ w.double().T * scale[:33].double()
+    plain = truth.to(dtype)
+    assert_close_to_truth(got, plain, truth)
