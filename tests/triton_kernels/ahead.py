@@ -7,7 +7,7 @@ hardware (types, divisibility by 16, ones, constants) and compiles it; `Result.p
 must not have: spills, serialised or missing matrix instructions, more shared memory than there is, images
 read a few bytes at a time.
 
-    python tests/triton_kernels/ahead.py --help        prints a table over shapes, configurations and targets
+`report.py` prints a table of all of this.
 """
 
 from __future__ import annotations
@@ -362,31 +362,35 @@ def _assemble(ptx: str, target: Target) -> str:
     return done.stderr
 
 
-def table(results: list[Result]) -> str:
-    """One row a result, for eyes. Loads and stores: bytes in wide/narrow accesses, once over the code."""
-    names = "kernel case dtype configuration target regs shared spill matrix dots loads stores problems"
-    rows = [tuple(names.split())]
-    for result in results:
-        rows.append(
-            (
-                result.launch.kernel.__name__,
-                result.launch.label,
-                result.launch.dtype,
-                result.launch.configuration,
-                result.target.name,
-                str(result.registers),
-                str(result.shared),
-                str(result.spills),
-                " ".join(f"{name}:{count}" for name, count in result.matrix.items()) or "-",
-                " ".join(f"{count}*{dot}" for dot, count in Counter(map(str, result.dots)).items()) or "-",
-                *(
-                    f"{result.moved(kind, wide=True)}/{result.moved(kind, wide=False)}"
-                    for kind in ("load", "store")
-                ),
-                "; ".join(result.problems(wide=True)) or "-",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+COLUMNS = (
+    *("kernel", "case", "dtype", "configuration", "target", "regs", "shared", "spill"),
+    *("matrix", "dots", "loads", "stores", "problems"),
+)
+
+
+def row(result: Result, *, wide: bool) -> tuple[str, ...]:
+    """For `table`. Loads and stores: bytes in wide/narrow accesses, once over the code."""
+    moved = {
+        kind: f"{result.moved(kind, wide=True)}/{result.moved(kind, wide=False)}"
+        for kind in ("load", "store")
+    }
+    return (
+        result.launch.kernel.fn.__name__,
+        result.launch.label,
+        result.launch.dtype,
+        result.launch.configuration,
+        result.target.name,
+        str(result.registers),
+        str(result.shared),
+        str(result.spills),
+        " ".join(f"{name}:{count}" for name, count in result.matrix.items()) or "-",
+        " ".join(f"{count}*{dot}" for dot, count in Counter(map(str, result.dots)).items()) or "-",
+        *moved.values(),
+        "; ".join(result.problems(wide=wide)) or "-",
     )
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    rows = [COLUMNS, *rows]
+    widths = [max(len(cells[i]) for cells in rows) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows)
