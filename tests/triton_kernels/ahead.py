@@ -316,7 +316,7 @@ def specialise(launch: Launch, target: Target):
 def key(launch: Launch, target: Target) -> str:
     """Launches of one key are one compilation."""
     options, signature, constants, attributes = specialise(launch, target)
-    parts = (launch.kernel.__name__, signature, constants, attributes, options.num_warps, options.num_stages)
+    parts = (launch.kernel.cache_key, signature, constants, attributes, options.num_warps, options.num_stages)
     return f"{target.name} {parts}"
 
 
