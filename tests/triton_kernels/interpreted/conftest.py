@@ -10,6 +10,7 @@ import torch
 
 # About 3 ms each: what keeps the interpreted tests short enough for every run.
 MOST_PROGRAMS = 300
+OPS = ("pointwise", "pointwise_pooled", "pointwise_backward", "apply", "apply_backward", "latent_moments")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,7 +27,7 @@ def triton_on_cpu():
     from dcd_kernels.backends.triton import entry
 
     library = torch.library.Library("dcd_kernels", "IMPL")
-    for name in ("pointwise", "pointwise_backward", "apply", "apply_backward"):
+    for name in OPS:
         library.impl(name, getattr(entry, name), "CPU", allow_override=True)
     yield
     library._destroy()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What else the Triton kernels give: pooled outputs, latent moments; and every tile that tuning may choose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+import op_checks
+import operands as given
+import test_grad
+import torch
+from cases import assert_close_to_truth, in_layout
+from operands import HALF, LAYOUTS, Case, operands
+from patching import replaced
+
+from dcd_kernels.backends.triton import entry, tuning
+from dcd_kernels.checks import ACTIVATIONS
+
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+
+POOLED = [
+    Case("pointwise", 1, 3, 1, 1, (1,)),
+    Case("pointwise", 3, 24, 20, 11, (7, 7), "silu", bias="sample", residual=True),
+    Case("pointwise", 7, 40, 24, 4, (1, 1), "relu", bias="shared"),
+    Case("pointwise", 5, 24, 40, 4, (3, 7), "relu6", bias="shared"),
+    Case("pointwise", 2, 16, 96, 4, (17, 13), "relu6", bias="sample"),
+    Case("pointwise", 2, 12, 20, 3, (3, 5), "hardswish", blocks=4),
+    Case("pointwise", 2, 24, 48, 4, (9, 7), lam=False, dynamic=False),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+@pytest.mark.parametrize("case", POOLED, ids=str)
+def test_pooled_output(case, dtype, layout, launches):
+    tensors = operands(case, dtype, layout)
+    output, sums = entry.pointwise_pooled(*tensors, ACTIVATIONS[case.activation])
+    assert torch.equal(output, entry.pointwise(*tensors, ACTIVATIONS[case.activation]))
+    truth, plain = given.truth(case, tensors), given.plain(case, tensors)
+    assert_close_to_truth(output, plain, truth)
+    assert_close_to_truth(sums, plain.float().flatten(2).sum(2), truth.flatten(2).sum(2), "sums")
+
+
+@pytest.mark.parametrize("shape", ((0, 3, 7), (2, 0, 7)), ids=str)
+def test_pooled_output_without_a_sample_or_a_pixel(shape):
+    case = Case("pointwise", shape[0], 13, 21, 5, shape[1:], bias="shared")
+    output, sums = entry.pointwise_pooled(*operands(case), 0)
+    assert output.shape == (shape[0], 21, *shape[1:])
+    assert sums.shape == (shape[0], 21)
+    assert not sums.any()
+
+
+def moments(x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and centred covariance of z = Qᵀx over pixels, at the precision of the tensors."""
+    z = torch.einsum("ncp,cl->nlp", x.flatten(2), q)
+    z = z if z.dtype == torch.float64 else z.float()
+    mean = z.mean(2)
+    centred = z - mean.unsqueeze(2)
+    return mean, centred @ centred.mT / z.shape[2]
+
+
+MOMENTS = [
+    (1, 3, 1, (1,)),
+    (3, 24, 4, (7, 7)),
+    (7, 40, 11, (1, 1)),
+    (2, 40, 16, (9, 7)),
+    (2, 24, 33, (3, 5)),
+    (2, 130, 3, (17, 13)),
+]
+
+
+@pytest.mark.parametrize("shift", (0.0, 1000.0), ids=("centred", "shifted"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+@pytest.mark.parametrize("shape", MOMENTS, ids=str)
+def test_latent_moments(shape, dtype, layout, shift, launches):
+    """Also where the mean is a thousand standard deviations, and raw second moments lose every digit."""
+    batch, channels, latent, size = shape
+    x = in_layout((torch.randn(batch, channels, *size) + shift).to(dtype), layout)
+    q = in_layout((torch.randn(channels, latent) * channels**-0.5).to(dtype), layout, image=False)
+    found = entry.latent_moments(x, q)
+    plain, truth = moments(x, q), moments(x.double(), q.double())
+    for name, mine, theirs, right in zip(("mean", "covariance"), found, plain, truth, strict=True):
+        assert mine.dtype == torch.float32
+        scale = right
+        if name == "covariance":
+            # one pixel has none: what rounding leaves of it is measured by what was subtracted
+            scale = truth[0].unsqueeze(2) * truth[0].unsqueeze(1) * torch.finfo(torch.float32).eps
+        error = torch.linalg.vector_norm(mine - right).item()
+        allowed = 2 * torch.linalg.vector_norm(theirs - right).item()
+        allowed += 4 * torch.finfo(torch.float32).eps * torch.linalg.vector_norm(right).item()
+        allowed += 4 * torch.finfo(torch.float32).eps * torch.linalg.vector_norm(scale).item()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+TILED = [
+    Case("pointwise", 2, 40, 70, 4, (9, 7), "relu", bias="sample", residual=True),
+    Case("pointwise", 3, 24, 40, 3, (1, 1), bias="shared"),
+    Case("apply", 2, 40, 70, 4, (9, 7), "relu", bias="sample", residual=True),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_every_tile(case, layout, launches):
+    """Whatever tuning chooses on some device computes the same."""
+    most = 1
+
+    def choose(kernel, key, candidates, run):
+        nonlocal most
+        most = max(most, len(candidates))
+        return candidates[index % len(candidates)]
+
+    index = 0
+    while index < most:
+        with replaced(tuning.choose, choose):
+            op_checks.values(replace(case, activation=None), torch.float32, layout, None)
+            test_grad.check_values(case, torch.float32, layout, None)
+        index += 1
+    assert most > 1
