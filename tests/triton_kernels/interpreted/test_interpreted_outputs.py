@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What else the Triton kernels give: pooled outputs, latent moments; and every tile that tuning may choose."""
+"""What else the Triton kernels give: pooled outputs, latent moments; and every tile tuning may choose."""
 
 from __future__ import annotations
 
