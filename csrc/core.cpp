@@ -26,7 +26,8 @@ py::dict build_info() {
     info["version"] = DCD_VERSION;
     info["compiler"] = DCD_COMPILER;
     info["cpu_kernels"] = py::str(DCD_BUILT).attr("split")();
-    info["cuda"] = false;
+    info["cuda"] = DCD_CUDA_BUILT;  // for which devices; empty: not built
+    info["cuda_left_out"] = DCD_CUDA_LEFT_OUT;
     info["sanitizers"] = DCD_SANITIZE;
     return info;
 }

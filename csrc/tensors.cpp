@@ -9,7 +9,25 @@
 namespace dcd {
 namespace {
 
+// This file is in both libraries: the checks and allocations are the same, but for the device.
+#ifdef DCD_CUDA_LIBRARY
+constexpr const char* kDevice = "on a CUDA device";
+bool is_here(const Tensor& t) {
+    return t.is_cuda();
+}
+int32_t device_type() {
+    return aoti_torch_device_type_cuda();
+}
+#else
+constexpr const char* kDevice = "on the CPU";
+bool is_here(const Tensor& t) {
+    return t.is_cpu();
+}
+int32_t device_type() {
+    return aoti_torch_device_type_cpu();
+}
 std::atomic<bool> poison{false};
+#endif
 
 std::string text(const int64_t* sizes, size_t count) {
     std::string s = "(";
@@ -23,15 +41,19 @@ std::string text(const Tensor& t) {
 
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType type) {
+    int32_t device = 0;
+#ifdef DCD_CUDA_LIBRARY
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&device));  // the op guards its input's
+#endif
     const int32_t dtype = type == ScalarType::Double     ? aoti_torch_dtype_float64()
                           : type == ScalarType::Half     ? aoti_torch_dtype_float16()
                           : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                          : aoti_torch_dtype_float32();
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                    strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                    &handle));
+                                                    strides.data(), dtype, device_type(), device, &handle));
     Tensor result(handle);
+#ifndef DCD_CUDA_LIBRARY
     if (poison && result.numel() > 0) {
         const int64_t count = result.numel();
         if (type == ScalarType::Double)
@@ -41,6 +63,7 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
             std::fill_n(static_cast<float*>(result.mutable_data_ptr()), count,
                         std::numeric_limits<float>::quiet_NaN());
     }
+#endif
     return result;
 }
 
@@ -159,6 +182,7 @@ int64_t pixels_of(const Tensor& tensor) {
     return pixels;
 }
 
+#ifndef DCD_CUDA_LIBRARY
 Runtime torch_runtime() {
     const auto pool = [](int64_t begin, int64_t end, Runtime::Body body, void* context) {
         TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, 1, body, context));
@@ -170,6 +194,7 @@ void poison_outputs(bool on) {
     poison = on;
     poison_scratch(on);
 }
+#endif
 
 LatentShape check_latent(const OptionalTensor& p, const OptionalTensor& phi, const OptionalTensor& q,
                          int64_t batch, int64_t in_channels, int64_t out_channels, bool q_optional) {
@@ -210,13 +235,18 @@ void check_bias(const OptionalTensor& bias, int64_t batch, int64_t out_channels)
 }
 
 void check_operands(const Tensor& image, const char* image_name, const std::vector<Operand>& operands) {
-    STD_TORCH_CHECK(image.is_cpu(), image_name, " must be on the CPU");
+    STD_TORCH_CHECK(is_here(image), image_name, " must be ", kDevice);
     compute_type(image);
     const ScalarType type = image.scalar_type();
     const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
     for (const auto& [name, tensor, may_be_single] : operands) {
         if (!tensor) continue;
-        STD_TORCH_CHECK(tensor->is_cpu(), name, " must be on the CPU like ", image_name);
+        STD_TORCH_CHECK(is_here(*tensor), name, " must be ", kDevice, " like ", image_name);
+#ifdef DCD_CUDA_LIBRARY
+        STD_TORCH_CHECK(tensor->get_device_index() == image.get_device_index(), name,
+                        " must be on the device of ", image_name, ", number ", image.get_device_index(),
+                        ", got ", tensor->get_device_index());
+#endif
         const ScalarType own = tensor->scalar_type();
         STD_TORCH_CHECK(own == type || (half && may_be_single && own == ScalarType::Float), name,
                         " must have the dtype of ", image_name, ", ", torch::headeronly::toString(type),

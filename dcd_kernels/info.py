@@ -49,9 +49,10 @@ def _built() -> list[tuple[str, str]]:
     if core is None:
         return [("built", f"dcd_kernels._core is missing: {error}")]
     build = core.build_info()
+    cuda = f"; CUDA kernels {build['cuda']}" if build["cuda"] else ""
     rows = [
-        ("built", f"CPU kernels {', '.join(build['cpu_kernels'])}; {build['compiler']}"),
-        ("left out", "nothing" if build["cuda"] else "GPU kernels (not in this version)"),
+        ("built", f"CPU kernels {', '.join(build['cpu_kernels'])}{cuda}; {build['compiler']}"),
+        ("left out", f"CUDA kernels: {build['cuda_left_out']}" if build["cuda_left_out"] else "nothing"),
     ]
     if build["sanitizers"]:
         rows.append(("sanitizers", build["sanitizers"]))
@@ -71,6 +72,9 @@ def facts() -> list[tuple[str, str]]:
     ]
     if not extension.LOADED:
         rows.append(("reason", extension.REASON))
+    rows.append(
+        ("CUDA kernels", "loaded" if extension.CUDA_LOADED else f"not loaded: {extension.CUDA_REASON}")
+    )
     return rows
 
 

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How an image is cut into tiles. Host only: the launcher plans, the kernels look things up.
+#pragma once
+
+#include "depthwise.h"
+
+namespace dcd::cuda::dw {
+
+// [0, count) in equal shares of at most `limit`: the size of the largest.
+inline int share(int count, int limit) {
+    return ceil_div(count, ceil_div(count, limit));
+}
+
+inline int power_of_two(int at_most) {
+    int power = 1;
+    while (2 * power <= at_most) power *= 2;
+    return power;
+}
+
+// What depends on the extents that were chosen.
+template <class T, bool LAST>
+void complete(Tiling& t, int mode, int kernel, int channels, int patch_rows_in_all,
+              int patch_columns_in_all) {
+    using A = Arrangement<T, LAST>;
+    t.in_rows = input_extent(mode, kernel, t.rows), t.in_columns = input_extent(mode, kernel, t.columns);
+    // not LAST: room for the shift, and no vector over the end of a row
+    t.pitch = LAST ? t.in_columns : round_up(t.in_columns + t.vector - 1, t.vector);
+    t.groups = Divider(ceil_div(channels, t.group));
+    t.row_tiles = Divider(ceil_div(patch_rows_in_all, t.rows / A::kPatchRows));
+    t.column_tiles = Divider(ceil_div(patch_columns_in_all, t.columns / A::kPatchColumns));
+    t.patch_columns = Divider(t.columns / A::kPatchColumns);
+    t.in_row_divider = Divider(t.in_rows);
+    t.line = Divider(LAST ? t.in_columns : t.pitch / t.vector);
+}
+
+template <class T, bool LAST>
+Tiling plan_tiles(int mode, int kernel, int channels, int height, int width, int pad_rows, int pad_columns,
+                  int vector, int budget = kTileBytes) {
+    using A = Arrangement<T, LAST>;
+    Tiling t{};
+    t.vector = vector;
+    t.lead_rows = lead_in(mode, pad_rows), t.lead_columns = lead_in(mode, pad_columns);
+    const int patch_rows = ceil_div(height + t.lead_rows, A::kPatchRows);
+    const int patch_columns = ceil_div(width + t.lead_columns, A::kPatchColumns);
+    // LAST: 8 threads a channel pair, and seven patches of four columns divide the usual 28, 56 and 112.
+    // Else: whole rows where they are not too long.
+    const int most_columns = LAST ? (mode == kDown ? 4 : 7) : 64;
+    const int most_patches = LAST ? 56 : 2 * kThreads;
+    const int wide = share(patch_columns, most_columns);
+    const auto extend = [&](int high, int group) {
+        t.rows = high * A::kPatchRows, t.columns = wide * A::kPatchColumns, t.group = group;
+        complete<T, LAST>(t, mode, kernel, channels, patch_rows, patch_columns);
+        return static_cast<int64_t>(t.tile_elements()) * static_cast<int64_t>(sizeof(T)) <= budget;
+    };
+    int high = share(patch_rows, larger(1, most_patches / wide));
+    while (!extend(high, LAST ? A::kGroup : 1) && high > 1) high = share(patch_rows, high - 1);
+    if (!LAST) {  // planes of less than a tile go together
+        int group = power_of_two(
+            smaller(smaller(A::kGroup, 2 * channels - 1), larger(1, most_patches / (high * wide))));
+        while (group > 1 && !extend(high, group)) group /= 2;
+        extend(high, group);
+    }
+    return t;
+}
+
+// The widest piece that lies on a multiple of its size everywhere: 16 bytes, or less where the layout is
+// uneven.
+template <class T, bool LAST>
+int vector_of(const Image& image, int64_t batch, int channels) {
+    const int inner = LAST ? channels : image.width, step = LAST ? image.channel : image.column;
+    if (inner > 1 && step != 1) return 1;
+    const auto fits = [](int64_t size, int64_t stride, int vector) {
+        return size <= 1 || stride % vector == 0;
+    };
+    for (int vector = 16 / static_cast<int>(sizeof(T)); vector > 1; vector /= 2)
+        if (reinterpret_cast<uintptr_t>(image.data) % (sizeof(T) * static_cast<size_t>(vector)) == 0 &&
+            fits(batch, image.sample, vector) && fits(image.height, image.row, vector) &&
+            fits(LAST ? image.width : channels, LAST ? image.column : image.channel, vector))
+            return vector;
+    return 1;
+}
+
+// Whether two neighbours that a thread has, its channels or its columns, can be moved at once.
+template <class T, bool LAST>
+bool moves_pairs(const Image& image, int64_t batch, int channels, int lead_columns) {
+    return lead_columns % 2 == 0 && (LAST ? image.channel : image.column) == 1 &&
+           vector_of<T, LAST>(image, batch, channels) >= 2;
+}
+
+// Blocks that the sums are split over: enough for every multiprocessor of the largest devices to have
+// several, and independent of the device, so that results are too. It bounds the memory of the partial sums.
+constexpr int kSplitBlocks = 768;
+
+inline void plan_splits(SumsParams& s) {
+    const int groups = static_cast<int>(s.tiling.groups.divisor);
+    const int wanted = ceil_div(kSplitBlocks, groups);
+    s.sample_splits = static_cast<int>(s.batch < wanted ? s.batch : wanted);
+    s.tile_splits = smaller(s.tiling.tiles(), larger(1, wanted / s.sample_splits));
+}
+
+}  // namespace dcd::cuda::dw

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dcd_kernels::depthwise and its gradient on CUDA tensors: checks, allocation, launch. The schemas are in
+// ops_depthwise.cpp, in the other library.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../depthwise_checks.h"
+#include "depthwise_plan.h"
+
+namespace dcd {
+namespace {
+
+using namespace dcd::cuda::dw;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kSideEnd = int64_t{1} << 29;          // coordinates twice as large fit 31 bits
+constexpr int64_t kSampleEnd = int64_t{1} << 31;        // offsets within a sample
+constexpr int64_t kBlocksEnd = (int64_t{1} << 31) - 1;  // of a launch
+
+// What these kernels take, of what check_depthwise lets pass. backends/cuda.py says the same beforehand.
+void check_supported(const Tensor& input, const Tensor& weight, const DepthwiseShape& shape,
+                     const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+    const auto refuse = [](const char* what, const std::string& got) {
+        STD_TORCH_CHECK(false, "the CUDA depthwise kernels take ", what, ", got ", got,
+                        "; dcd_kernels.use_backend('reference') computes it");
+    };
+    const Sizes kernel = sizes_of(weight);
+    const ScalarType type = input.scalar_type();
+    if (type == ScalarType::Double) refuse("float32, float16 and bfloat16", "Double");
+    if (input.dim() != 4) refuse("two spatial dimensions", "input of shape " + text(sizes_of(input)));
+    if (kernel[2] != kernel[3] || (kernel[2] != 3 && kernel[2] != 5 && kernel[2] != 7))
+        refuse("kernel sizes 3 x 3, 5 x 5 and 7 x 7", "weight of shape " + text(kernel));
+    if (weight.size(0) != input.size(1))
+        refuse("as many output as input channels",
+               std::to_string(weight.size(0)) + " and " + std::to_string(input.size(1)));
+    if (stride[0] != stride[1] || stride[0] > 2) refuse("stride 1 or 2", text(stride));
+    if (dilation[0] != 1 || dilation[1] != 1) refuse("dilation 1", text(dilation));
+    if (shape.latent > kLatentLimit) refuse("at most 64 latent components", std::to_string(shape.latent));
+    for (size_t d = 2; d < 4; ++d)
+        if (input.size(static_cast<int64_t>(d)) >= kSideEnd || padding[d - 2] >= kSideEnd ||
+            shape.out_sizes[d] >= kSideEnd)
+            refuse("sizes and padding below 2^29",
+                   "input of shape " + text(sizes_of(input)) + " with padding " + text(padding));
+}
+
+// A dimension of one element has any stride, so it gets none.
+Image image_of(const Tensor& t, const char* name) {
+    Image image{t.const_data_ptr(), t.size(0) > 1 ? t.stride(0) : 0, 0, 0, 0, 0, 0};
+    int* strides[3] = {&image.channel, &image.row, &image.column};
+    double furthest = 0;
+    for (int64_t d = 1; d < 4; ++d) {
+        const int64_t step = t.size(d) > 1 ? t.stride(d) : 0;
+        furthest += static_cast<double>(t.size(d) - 1) * static_cast<double>(step);
+        *strides[d - 1] = static_cast<int>(step);
+    }
+    STD_TORCH_CHECK(furthest < static_cast<double>(kSampleEnd), name,
+                    " must span less than 2^31 elements within a sample on CUDA, got shape ",
+                    text(sizes_of(t)));
+    image.height = static_cast<int>(t.size(2)), image.width = static_cast<int>(t.size(3));
+    return image;
+}
+
+int type_code(ScalarType type) {
+    return type == ScalarType::Float ? kFloat : type == ScalarType::Half ? kHalf : kBFloat;
+}
+
+// Contiguous, in its own type; the kernels read any.
+OptionalTensor packed(const OptionalTensor& t) {
+    return t ? dense(t, t->scalar_type()) : std::nullopt;
+}
+Parameter parameter(const OptionalTensor& t) {
+    return t ? Parameter{t->const_data_ptr(), type_code(t->scalar_type())} : Parameter{nullptr, kFloat};
+}
+
+// The parameters in the order of the op, kept alive during the launch.
+struct Held {
+    OptionalTensor weight, p, phi, r, lam;
+    Held(const Tensor& weight, const OptionalTensor& p, const OptionalTensor& phi, const OptionalTensor& r,
+         const OptionalTensor& lam)
+        : weight(packed(weight)), p(packed(p)), phi(packed(phi)), r(packed(r)), lam(packed(lam)) {}
+    Factors factors(int64_t latent, bool flip) const {
+        return {static_cast<int>(latent), flip,         parameter(weight), parameter(p),
+                parameter(phi),           parameter(r), parameter(lam)};
+    }
+};
+
+void* current_stream(const Tensor& t) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    return stream;
+}
+
+void check_launch(int code) {
+    STD_TORCH_CHECK(code == 0, "a CUDA depthwise kernel could not be started: ", error_text(code));
+}
+
+// f(T{}, std::bool_constant<LAST>{}) for the type of the image and the order of its elements.
+template <class F>
+void with_arrangement(int type, bool last, const F& f) {
+    const auto with_type = [&](auto zero) {
+        if (last)
+            f(zero, std::true_type{});
+        else
+            f(zero, std::false_type{});
+    };
+    if (type == kFloat)
+        with_type(float{});
+    else if (type == kHalf)
+        with_type(Half{});
+    else
+        with_type(BFloat{});
+}
+
+// Plans and starts s, whose images, factors, padding and activation are given.
+void start_convolve(ConvolveParams& s, int type, bool last, int kernel, Mode mode, void* stream) {
+    with_arrangement(type, last, [&](auto zero, auto order) {
+        using T = decltype(zero);
+        constexpr bool kLast = decltype(order)::value;
+        s.tiling = plan_tiles<T, kLast>(mode, kernel, s.channels, s.output.height, s.output.width, s.pad_rows,
+                                        s.pad_columns, vector_of<T, kLast>(s.input, s.batch, s.channels));
+        const int lead = s.tiling.lead_columns;
+        s.output_pairs = moves_pairs<T, kLast>(s.output, s.batch, s.channels, lead);
+        s.residual_pairs = s.residual.data && moves_pairs<T, kLast>(s.residual, s.batch, s.channels, lead);
+    });
+    const double blocks = static_cast<double>(s.batch) * s.tiling.tiles() * s.tiling.groups.divisor;
+    STD_TORCH_CHECK(blocks <= static_cast<double>(kBlocksEnd),
+                    "the batch is too large for one launch of the CUDA depthwise kernels: ", s.batch,
+                    " samples");
+    const auto launch = type == kFloat ? convolve_float : type == kHalf ? convolve_half : convolve_bfloat;
+    check_launch(launch(s, last, kernel, mode, stream));
+}
+
+// y = act(x conv W_n + bias + residual), W_n = diag(lam_n) W0 + P Phi_n R^T
+Tensor depthwise(const Tensor& input,             // [N, C, H, W]
+                 const Tensor& weight,            // [C, 1, k, k]
+                 const OptionalTensor& p,         // [C, L_k]
+                 const OptionalTensor& phi,       // [N, L_k, L_k]
+                 const OptionalTensor& r,         // [k * k, L_k]
+                 const OptionalTensor& lam,       // [N, C]
+                 const OptionalTensor& bias,      // [C] or [N, C]
+                 const OptionalTensor& residual,  // [N, C, H', W']
+                 const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t activation) {
+    const DepthwiseShape shape = check_depthwise(input, weight, p, phi, r, lam, stride, padding, dilation);
+    check_activation(activation);
+    check_operands(input, "input", {{"bias", bias, true}, {"residual", residual}});
+    check_bias(bias, input.size(0), weight.size(0));
+    if (residual) check_like(*residual, "residual", shape.out_sizes);
+    check_supported(input, weight, shape, stride, padding, dilation);
+    const DeviceGuard guard(input.get_device_index());
+    const bool last = is_channels_last(input);
+    const Tensor output = empty_map(shape.out_sizes, last, input.scalar_type());
+    if (output.numel() == 0) return output;
+    const Held held(weight, p, phi, r, lam);
+    const OptionalTensor bias_ = packed(bias);
+    ConvolveParams s{};
+    s.batch = input.size(0), s.channels = static_cast<int>(input.size(1));
+    s.pad_rows = static_cast<int>(padding[0]), s.pad_columns = static_cast<int>(padding[1]);
+    s.factors = held.factors(shape.latent, false);
+    s.input = image_of(input, "input"), s.output = image_of(output, "the output");
+    if (residual) s.residual = image_of(*residual, "residual");
+    s.bias = parameter(bias_), s.bias_sample = bias && bias->dim() == 2 ? weight.size(0) : 0;
+    s.activation = static_cast<int>(activation);
+    start_convolve(s, type_code(input.scalar_type()), last, static_cast<int>(weight.size(2)),
+                   stride[0] == 1 ? kSame : kDown, current_stream(input));
+    return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dcd_kernels, CUDA, m) {
+    m.impl("depthwise", TORCH_BOX(&depthwise));
+}
+
+}  // namespace dcd
