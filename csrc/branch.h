@@ -29,8 +29,8 @@ enum LamActivation : int {
 constexpr int64_t kBranchMaxInputs = 8192, kBranchMaxHidden = 1024;
 
 // Channel sums are taken in this many tiles of pixels: few enough that the partial sums are less than one
-// hundredth of the image, many enough that one large image keeps a GPU busy. No image without pixels has none,
-// so that there is always something to add up.
+// hundredth of the image, many enough that one large image keeps a GPU busy. No image without pixels has
+// none, so that there is always something to add up.
 constexpr int64_t kPoolTilePixels = 512, kPoolMaxTiles = 16;
 
 inline int64_t pool_tiles(int64_t pixels) {

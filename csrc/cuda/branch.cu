@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kBranchThreads, SAMPLES >= 8 ? 1 : 2)
     branch<E, SAMPLES>(Machine{plan.ranks}, s, plan, &shared[0].x);
 }
 
-// Clusters need both the device and code that was compiled for one: on later devices that may be an older PTX.
+// Clusters need both the device and code that was compiled for one: on later devices that may be an older
+// PTX.
 template <class E>
 bool can_cluster(int device, int major) {
     static std::atomic<int> known[kKnownDevices];  // 0: not asked yet

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The dynamic branch in one launch: what the kernel is told, and how its work is laid out.
 //
-// A cluster of blocks serves a few samples, so that the weights are read once for all of them. Its blocks share
-// the work three times: each takes some columns of the squeeze FC (its partial products are added up through
-// distributed shared memory), each then has all hidden units, and each takes some rows of the expand FC.
+// A cluster of blocks serves a few samples, so that the weights are read once for all of them. Its blocks
+// share the work three times: each takes some columns of the squeeze FC (its partial products are added up
+// through distributed shared memory), each then has all hidden units, and each takes some rows of the expand
+// FC.
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "elements.h"
 #include "pool.h"
@@ -14,24 +16,25 @@
 namespace dcd::cuda {
 
 struct BranchParams {
-    const float* sums;           // [N, T, I]
-    const void* squeeze;         // [S, I]; all matrices and biases have one element type
-    const void* squeeze_bias;    // [S] or null
-    const void* gate;            // [S, S] or null: kGateSE alone has one
-    const void* gate_bias;       // [S] or null
-    const void* expand;          // [O, S]
-    const void* expand_bias;     // [O] or null
-    float* lam;                  // [N, lam_channels]
-    float* phi;                  // [N, O - lam_channels]
-    int64_t batch;               // N
+    const float* sums;         // [N, T, I]
+    const void* squeeze;       // [S, I]; all matrices and biases have one element type
+    const void* squeeze_bias;  // [S] or null
+    const void* gate;          // [S, S] or null: kGateSE alone has one
+    const void* gate_bias;     // [S] or null
+    const void* expand;        // [O, S]
+    const void* expand_bias;   // [O] or null
+    float* lam;                // [N, lam_channels]
+    float* phi;                // [N, O - lam_channels]
+    int64_t batch;             // N
     int tiles, inputs, hidden, outputs, lam_channels;  // T, I, S, O
     int gate_code, lam_code;
-    float scale;                 // of the sums: 1 / pixels
+    float scale;  // of the sums: 1 / pixels
 };
 
 constexpr int kBranchThreads = 256;
 constexpr int kBranchWarps = kBranchThreads / kWarp;
-constexpr int kBranchRows = 4;  // of a matrix, that a warp multiplies at a time: each vector is read once for all
+constexpr int kBranchRows =
+    4;  // of a matrix, that a warp multiplies at a time: each vector is read once for all
 
 struct BranchPlan {
     int samples;        // of a cluster: 1, 4, 8 or 16
@@ -94,7 +97,8 @@ inline BranchPlan plan_branch(const BranchParams& s, int element_size, const Bra
     return plan;
 }
 
-// Starts the kernel on the given stream (a cudaStream_t) of the current device. Returns null, or what CUDA says.
+// Starts the kernel on the given stream (a cudaStream_t) of the current device. Returns null, or what CUDA
+// says.
 const char* launch_branch(const BranchParams& s, Element element, void* stream);
 
 }  // namespace dcd::cuda

@@ -12,9 +12,9 @@ struct alignas(16) Four {
     float x, y, z, w;
 };
 
-// Where element k of a vector lies in shared memory. A lane multiplies kVector<E> neighbouring elements, which it
-// reads in fours; the first fours of all lanes lie side by side, then the second ones, so that the lanes' reads
-// fall into different banks. Fours that stay where they are for 4-byte weights.
+// Where element k of a vector lies in shared memory. A lane multiplies kVector<E> neighbouring elements,
+// which it reads in fours; the first fours of all lanes lie side by side, then the second ones, so that the
+// lanes' reads fall into different banks. Fours that stay where they are for 4-byte weights.
 template <class E>
 DCD_INDEX int slot(int k) {
     constexpr int v = kVector<E>, chunk = kWarp * v;
@@ -26,8 +26,8 @@ DCD_INDEX int slot(int k) {
 template <int SAMPLES>
 constexpr int kProducts = kBranchRows * SAMPLES;
 
-// After add_up, lane l has the totals of products first_product(l), … (kOwned of them); of lanes that have the
-// same ones, the first is the owner.
+// After add_up, lane l has the totals of products first_product(l), … (kOwned of them); of lanes that have
+// the same ones, the first is the owner.
 template <int COUNT>
 constexpr int kOwned = COUNT > kWarp ? COUNT / kWarp : 1;
 
@@ -78,8 +78,8 @@ struct Columns {
     bool wide;
 };
 
-// One lane's share of the products of rows row, row + 1, … with every sample's vector, of which element k is at
-// vectors[j * stride + slot(k)] and those behind the last up to `stride` are zero.
+// One lane's share of the products of rows row, row + 1, … with every sample's vector, of which element k is
+// at vectors[j * stride + slot(k)] and those behind the last up to `stride` are zero.
 template <class E, int SAMPLES>
 DCD_BODY void multiply(const Columns<E>& matrix, int row, const float* vectors, int stride, int lane,
                        float (&products)[kProducts<SAMPLES>]) {

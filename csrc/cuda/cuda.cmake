@@ -37,7 +37,10 @@ set(DCD_CUDA_CODE "SHELL:-gencode=arch=compute_80,code=[sm_80,compute_80]" "SHEL
 
 add_library(_ops_cuda MODULE
   csrc/tensors.cpp
+  csrc/cuda/ops_cuda_branch.cpp
   csrc/cuda/ops_cuda_depthwise.cpp
+  csrc/cuda/branch.cu
+  csrc/cuda/pool.cu
   csrc/cuda/depthwise_convolve_bfloat.cu
   csrc/cuda/depthwise_convolve_float.cu
   csrc/cuda/depthwise_convolve_half.cu

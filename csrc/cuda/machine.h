@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The GPU as the kernels' bodies see it. The tests have a second machine, which runs the same bodies on a CPU.
+// The GPU as the kernels' bodies see it. The tests have a second machine, which runs the same bodies on a
+// CPU.
 #pragma once
 
 #include <cooperative_groups.h>

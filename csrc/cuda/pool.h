@@ -12,8 +12,8 @@ namespace dcd::cuda {
 enum class Element : int { kFloat, kHalf, kBFloat };
 
 struct PoolParams {
-    const void* input;                // [N, C, P]
-    int64_t sample, channel, pixel;   // its strides, in elements
+    const void* input;               // [N, C, P]
+    int64_t sample, channel, pixel;  // its strides, in elements
     int64_t batch, channels, pixels;
     int tiles;            // T = pool_tiles(P)
     int64_t tile_pixels;  // of each tile but the last ones
@@ -92,12 +92,13 @@ DCD_INDEX int64_t tile_count(const PoolParams& s, int64_t t) {
     return left < 0 ? 0 : left < s.tile_pixels ? left : s.tile_pixels;
 }
 
-// One lane's share of the sum over tile `item % T` of channel `item / T`. Groups of `lanes` threads own an item.
+// One lane's share of the sum over tile `item % T` of channel `item / T`. Groups of `lanes` threads own an
+// item.
 template <class E>
 DCD_BODY float sum_plane(const PoolParams& s, int64_t sample, int item, int lane, int lanes) {
     const int channel = item / s.tiles, tile = item - channel * s.tiles;
-    const E* from = static_cast<const E*>(s.input) + sample * s.sample + channel * s.channel +
-                    tile * s.tile_pixels;
+    const E* from =
+        static_cast<const E*>(s.input) + sample * s.sample + channel * s.channel + tile * s.tile_pixels;
     const Run run = split_run(from, tile_count(s, tile));
     float sum = 0.0f;
     if (lane < run.head) sum = to_float(load_one(from + lane));
@@ -138,7 +139,8 @@ DCD_BODY void sum_pixels(const PoolParams& s, int64_t sample, int64_t tile, int6
     }
 }
 
-// The kernels. M is the machine: on the GPU its intrinsics (machine.h), in the tests a block that runs serially.
+// The kernels. M is the machine: on the GPU its intrinsics (machine.h), in the tests a block that runs
+// serially.
 
 // Each group of LANES threads: the sum of one tile of one plane.
 template <class E, int LANES, class M>
@@ -191,7 +193,8 @@ DCD_BODY void pool_pixels(const M& m, const PoolParams& s, int lanes, float* sha
     }
 }
 
-// Starts the kernel that plan_pool chooses on the given stream (a cudaStream_t). Returns null, or what CUDA says.
+// Starts the kernel that plan_pool chooses on the given stream (a cudaStream_t). Returns null, or what CUDA
+// says.
 const char* launch_pool(const PoolParams& s, Element element, void* stream);
 
 }  // namespace dcd::cuda

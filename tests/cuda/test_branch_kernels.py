@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Pooling and the dynamic branch: the kernels' bodies run on the CPU, thread by thread, against float64."""
+
+from __future__ import annotations
+
+import branch_kernels as kernels
+import numpy as np
+import pytest
+from branch_kernels import A100, GATES, H200, LAMS, image
+
+pytestmark = pytest.mark.skipif(bool(kernels.available()), reason=kernels.available())
+
+EPS = np.finfo(np.float32).eps
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return kernels.build(tmp_path_factory.mktemp("branch"))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+# --- pooling
+
+IMAGES = [
+    # N, C, P: one pixel, fewer pixels than a vector, odd planes, several tiles, more of them than there are
+    (2, 5, 1),
+    (3, 16, 1),
+    (1, 1, 1),
+    (2, 3, 5),
+    (2, 24, 49),
+    (3, 40, 49),
+    (1, 70, 196),
+    (2, 8, 785),
+    (1, 3, 1025),
+    (1, 16, 9000),
+]
+
+
+def tile_sums(values: np.ndarray, tiles: int) -> np.ndarray:
+    pixels = values.shape[2]
+    size = -(-(-(-pixels // tiles)) // 8) * 8
+    parts = [values[:, :, t * size : (t + 1) * size].sum(2) for t in range(tiles)]
+    return np.stack(parts, 1)
+
+
+@pytest.mark.parametrize("element", kernels.ELEMENTS)
+@pytest.mark.parametrize("layout", ["planes", "pixels"])
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_every_element_is_added_once(host, rng, shape, layout, element):
+    for shift, spare in ((0, 0), (1, 0), (3, 1), (0, 8)):
+        x = image(rng, element, shape, layout, shift, spare)
+        sums, counts, _ = kernels.pool(host, x)
+        values = kernels.decode(x.array(), element)
+        wanted = tile_sums(values, sums.shape[1])
+        # a thread adds up a few dozen numbers one after the other, and then the threads
+        bound = EPS * 64 * np.abs(values).sum(2).max()
+        np.testing.assert_allclose(sums, wanted, rtol=0, atol=bound)
+        size = 4 if element == "float32" else 2
+        once = np.zeros(x.allocation.size, np.uint8)
+        seen = kernels.Image(once, x.offset, x.strides, shape, "float32" if size == 4 else "float16")
+        seen.array().view(np.uint32 if size == 4 else np.uint16)[...] = 0x01010101 if size == 4 else 0x0101
+        np.testing.assert_array_equal(counts, once)
+
+
+def test_other_strides(host, rng):
+    """Channels and pixels far apart, as slices have them; more samples than a grid has rows."""
+    x = image(rng, "float32", (2, 6, 50), "pixels")
+    every_other = kernels.Image(x.allocation, x.offset, (300, 1, 12), (2, 6, 25), "float32")
+    sums, _, plan = kernels.pool(host, every_other)
+    assert not plan["planes"] and plan["wide"] == 0
+    np.testing.assert_allclose(sums[:, 0], every_other.array().astype(np.float64).sum(2), rtol=1e-5)
+    one_pixel = kernels.Image(x.allocation, x.offset, (300, 6, 1), (2, 6, 1), "float32")
+    sums, _, plan = kernels.pool(host, one_pixel)
+    assert plan["planes"]
+    np.testing.assert_array_equal(sums[:, 0], one_pixel.array()[:, :, 0])
+    with pytest.raises(RuntimeError, match="in place"):
+        kernels.pool(host, kernels.Image(x.allocation, x.offset, (300, 2, 12), (2, 3, 25), "float32"))
+
+
+def test_misaligned_reads_are_noticed(host, rng):
+    """The harness would see a wide read where it must not be, so that the tests above mean something."""
+    x = image(rng, "float32", (1, 8, 4), "pixels", shift=1)
+    assert kernels.pool(host, x)[2]["wide"] == 0
+    x = image(rng, "float32", (1, 8, 4), "pixels")
+    assert kernels.pool(host, x)[2]["wide"] == 1
+    x.allocation = x.allocation[: x.offset + 8 * 4 * 4 - 1]
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        kernels.pool(host, x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "lanes"),
+    [
+        # the pixels of a tile decide how many threads stand side by side
+        ((256, 16, 112 * 112), "pixels", 2),
+        ((256, 960, 49), "pixels", 32),
+        ((1, 144, 784), "pixels", 8),
+        ((256, 960, 49), "planes", 8),
+        ((256, 16, 112 * 112), "planes", 32),
+    ],
+)
+def test_plan(host, shape, layout, lanes):
+    n, c, p = shape
+    tiles = host.host_pool_tiles(p)
+    assert 1 <= tiles <= 16 and tiles * 4 * 100 < max(p * 2, 401)
+    small = (1, c, p) if c * p < 50_000 else (1, min(c, 16), p)
+    x = image(np.random.default_rng(0), "bfloat16", small, layout)
+    if small[1] == c:
+        assert kernels.pool(host, x)[2]["lanes"] == lanes
+
+
+def test_nan_and_infinity_stay_where_they_are(host, rng):
+    x = image(rng, "float16", (2, 9, 60), "planes")
+    x.array()[0, 3, 17] = np.nan
+    x.array()[1, 8, 59] = np.inf
+    sums, _, _ = kernels.pool(host, x)
+    assert np.isnan(sums[0, 0, 3]) and np.isinf(sums[1, 0, 8])
+    assert np.isfinite(sums).sum() == sums.size - 2
+
+
+@pytest.mark.parametrize("element", ["float16", "bfloat16"])
+def test_every_half_is_decoded(host, element):
+    bits = np.arange(0, 1 << 16, 7, dtype=np.uint16)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        wanted = kernels.decode(bits.view(np.float16) if element == "float16" else bits, element)
+    got = [host.host_to_float(kernels.ELEMENTS[element], int(b)) for b in bits]
+    np.testing.assert_array_equal(np.array(got), wanted)
+
+
+# --- the branch
+
+
+def relu6(x):
+    return np.clip(x, 0, 6)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+GATE = {
+    None: lambda h: h,
+    "relu": lambda h: np.maximum(h, 0),
+    "relu6": relu6,
+    "silu": lambda h: h * sigmoid(h),
+    "hardswish": lambda h: h * relu6(h + 3) / 6,
+}
+LAM = {
+    None: lambda z: 1 + z,
+    "hardsigmoid2": lambda z: relu6(z + 3) / 3,
+    "sigmoid2": lambda z: 2 * sigmoid(z),
+    "hardsigmoid": lambda z: relu6(z + 3) / 6,
+    "sigmoid": sigmoid,
+}
+
+
+def truth(sums, scale, matrices, biases, lam_channels, gate, lam_activation):
+    def affine(x, i):
+        return x @ matrices[i].T + (0 if biases[i] is None else biases[i])
+
+    hidden = affine(sums.astype(np.float64).sum(1) * scale, 0)
+    hidden = hidden * relu6(affine(hidden, 1) + 3) / 3 if gate == "se" else GATE[gate](hidden)
+    logits = affine(hidden, 2)
+    return LAM[lam_activation](logits[:, :lam_channels]), logits[:, lam_channels:]
+
+
+def run(
+    host,
+    rng,
+    sizes,
+    *,
+    gate="relu",
+    lam_activation="hardsigmoid2",
+    element="float32",
+    bias=True,
+    device=H200,
+    aligned=True,
+):
+    """One launch against the truth; returns its plan."""
+    n, tiles, inputs, hidden, lam_channels, others = sizes
+    outputs = lam_channels + others
+    scale = 1 / 7
+    sums = (rng.standard_normal((n, tiles, inputs)) * 7 / np.sqrt(tiles)).astype(np.float32)
+
+    def parameter(*shape):
+        values = rng.standard_normal(shape) * (2 / np.sqrt(shape[-1]))
+        bits = kernels.encode(values, element)
+        memory = np.zeros(bits.size + 33, bits.dtype)
+        start = (-memory.ctypes.data % 16) // bits.itemsize + (0 if aligned else 1)
+        placed = memory[start : start + bits.size].reshape(shape)
+        placed[...] = bits
+        return placed
+
+    matrices = [
+        parameter(hidden, inputs),
+        parameter(hidden, hidden) if gate == "se" else None,
+        parameter(outputs, hidden),
+    ]
+    biases = [parameter(hidden), parameter(hidden) if gate == "se" else None, parameter(outputs)]
+    biases = biases if bias else [None] * 3
+    call = (sums, scale, matrices, biases, lam_channels, gate, lam_activation)
+    lam, phi, plan = kernels.branch(host, *call, element, device)
+    exact = [[None if a is None else kernels.decode(a, element) for a in group] for group in (matrices, biases)]
+    wanted = truth(sums, np.float32(scale).astype(np.float64), *exact, *call[4:])
+    for got, right in zip((lam, phi), wanted, strict=True):
+        np.testing.assert_allclose(got, right, rtol=0, atol=2e-5 * max(1, np.abs(right).max(initial=0)))
+    return plan
+
+
+@pytest.mark.parametrize("element", kernels.ELEMENTS)
+@pytest.mark.parametrize("lam_activation", LAMS)
+@pytest.mark.parametrize("gate", GATES)
+def test_formula(host, rng, gate, lam_activation, element):
+    run(host, rng, (3, 2, 24, 8, 5, 9), gate=gate, lam_activation=lam_activation, element=element)
+
+
+SHAPES = [
+    # N, T, I, hidden, lam_channels, the others
+    (1, 1, 1, 1, 1, 0),
+    (2, 1, 3, 4, 0, 1),
+    (1, 16, 96, 6, 24, 16),
+    (5, 4, 130, 7, 33, 9),
+    (2, 1, 257, 33, 1, 130),
+    (17, 1, 40, 12, 20, 16),
+]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("element", kernels.ELEMENTS)
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_shapes(host, rng, sizes, element, aligned):
+    plan = run(host, rng, sizes, element=element, bias=False, aligned=aligned, gate="se")
+    vector = 4 if element == "float32" else 8
+    assert plan["wide_squeeze"] == (aligned and sizes[2] % vector == 0)
+    assert plan["wide_expand"] == (aligned and sizes[3] % vector == 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "element", "processors", "samples", "ranks"),
+    [
+        # samples of a cluster grow with the batch, ranks with the weights
+        ((3, 1, 96, 8, 24, 16), "float32", 1, 4, 1),
+        ((9, 1, 96, 8, 24, 16), "float32", 2, 8, 1),
+        ((18, 1, 96, 8, 24, 16), "bfloat16", 1, 16, 1),
+        ((19, 1, 96, 8, 24, 16), "float32", 1, 16, 1),
+        ((1, 1, 576, 40, 160, 169), "float32", 132, 1, 2),
+        ((1, 2, 960, 60, 320, 225), "bfloat16", 132, 1, 4),
+        ((2, 1, 1024, 64, 1024, 256), "float16", 132, 1, 8),
+        ((5, 1, 1000, 64, 1000, 250), "float32", 16, 4, 8),
+    ],
+)
+def test_samples_and_ranks(host, rng, sizes, element, processors, samples, ranks):
+    plan = run(host, rng, sizes, element=element, gate="se", device=(processors, *H200[1:]))
+    assert (plan["samples"], plan["ranks"]) == (samples, ranks)
+    plan = run(host, rng, sizes, element=element, device=(processors, *A100[1:]))
+    assert plan["ranks"] == 1
+
+
+@pytest.mark.parametrize("device", [H200, A100])
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+def test_the_largest_fits(host, rng, element, device):
+    """kBranchMaxInputs and kBranchMaxHidden with a gate, whatever the batch."""
+    plan = run(host, rng, (5, 1, 8192, 1024, 8, 4), gate="se", element=element, device=(1, *device[1:]))
+    assert plan["samples"] >= 1
+
+
+def test_same_bits(host, rng):
+    sums = rng.standard_normal((6, 3, 100)).astype(np.float32)
+    matrices = [rng.standard_normal(s).astype(np.float32) for s in ((9, 100), (9, 9), (50, 9))]
+    call = (sums, 0.1, matrices, [None] * 3, 20, "se", "sigmoid2", "float32", (1, *H200[1:]))
+    first, again = kernels.branch(host, *call), kernels.branch(host, *call)
+    assert all(np.array_equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
+
+
+def test_nan_stays_in_its_sample(host, rng):
+    sums = rng.standard_normal((6, 1, 40)).astype(np.float32)
+    sums[4, 0, 3] = np.nan
+    matrices = [rng.standard_normal(s).astype(np.float32) for s in ((9, 40), (9, 9), (50, 9))]
+    for gate in GATES:
+        for lam in LAMS:
+            lam, phi, plan = kernels.branch(
+                host, sums, 1.0, matrices, [None] * 3, 20, gate, lam, "float32", (1, *H200[1:])
+            )
+            assert plan["samples"] == 8
+            for out in (lam, phi):
+                assert np.isnan(out[4]).all() and np.isfinite(np.delete(out, 4, 0)).all()
+
+
+def test_slots_keep_the_lanes_apart(host):
+    """Reads of four numbers a lane: any eight lanes together touch every bank once."""
+    for element, vector in (("float32", 4), ("bfloat16", 8)):
+        count = 2 * 32 * vector
+        slots = np.zeros(count, np.int32)
+        host.host_slots(kernels.ELEMENTS[element], count, kernels.pointer(slots))
+        np.testing.assert_array_equal(np.sort(slots), np.arange(count))
+        for chunk in slots.reshape(2, 32, vector // 4, 4):
+            for part in range(vector // 4):
+                lanes = chunk[:, part]
+                assert (np.diff(lanes, axis=1) == 1).all() and (lanes[:, 0] % 4 == 0).all()
+                for eight in lanes.reshape(4, 8 * 4):
+                    assert len(set(eight % 32)) == 32
