@@ -10,7 +10,7 @@ from importlib import metadata
 from . import extension, models, nn, reference
 from .backends.selection import use_backend
 from .explain import explain
-from .functional import dcd_apply, dcd_conv1d, dcd_conv2d, dcd_conv3d, dcd_linear
+from .functional import dcd_apply, dcd_conv1d, dcd_conv2d, dcd_conv3d, dcd_linear, latent_moments
 from .nn import convert
 
 try:
@@ -27,6 +27,7 @@ __all__ = [
     "dcd_linear",
     "explain",
     "extension",
+    "latent_moments",
     "models",
     "nn",
     "reference",

@@ -213,6 +213,38 @@ def apply(caller, static, input, p, phi, q, lam, bias, residual, stride, offset,
     )
 
 
+def moments(caller, input, q, stride, offset):
+    """Check a call for the moments of Qᵀx; -> (stride, offset), one entry per spatial dimension.
+
+    Raises:
+        TypeError: an argument that is not a strided tensor, a dtype that is unsupported or does not match.
+        ValueError: rank, shape, device, stride or offset.
+    """
+    _tensors(caller, input=input)
+    if not isinstance(q, Tensor):
+        raise TypeError(f"{caller}: q must be a torch.Tensor, got {type(q).__name__}")
+    if input.dim() < 3:
+        raise ValueError(
+            f"{caller}: input must be (batch, in_channels, *spatial) with at least 3 dimensions, got "
+            f"{show(input.shape)}"
+        )
+    _kind(caller, "input", input, input.dtype, input.device)
+    _kind(caller, "q", q, input.dtype, input.device)
+    if input.is_complex():
+        raise TypeError(f"{caller}: input must be real, got {input.dtype}")
+    if q.dim() != 2 or q.shape[0] != input.shape[1] or q.shape[1] == 0:
+        _fail_shape(caller, "q", q, (input.shape[1], "L"), "in_channels, latent_channels")
+    if 0 in input.shape[1:]:
+        raise ValueError(f"{caller}: only the batch of input may be empty, got shape {show(input.shape)}")
+    spatial = input.dim() - 2
+    steps = geometry.per_dimension(caller, "stride", stride, spatial, 1)
+    starts = geometry.per_dimension(caller, "offset", offset, spatial, 0)
+    for start, size in zip(starts, input.shape[2:], strict=True):
+        if start >= size:
+            raise ValueError(f"{caller}: offset must be inside {show(input.shape[2:])}, got {show(offset)}")
+    return steps, starts
+
+
 def weight(caller, weight, p, phi, q, r, lam, groups) -> str:
     """Check a request for materialised weights; -> 'static', 'channels', 'depthwise' or 'joint'.
 

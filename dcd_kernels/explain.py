@@ -25,6 +25,7 @@ _FORMS = {
     "centre": "k×k convolution with a 1×1 residual at the centre tap (Fig. 4b)",
     "joint": "k×k convolution, joint fusion (Eq. 9)",
     "apply": "dynamic terms on a given static output",
+    "moments": "mean and covariance of the latent",
 }
 
 
@@ -150,7 +151,7 @@ def support_table_markdown() -> str:
             able = []
             for dtype in dtypes:
                 tensors = [None if shape is None else torch.zeros(shape, dtype=dtype) for shape in shapes]
-                yes, reason = selection.ask(name, op, *tensors)
+                yes, reason = selection.supports(name, op, *tensors)
                 if yes:
                     able.append(_short(dtype))
                     note = selection.notes(name, dtype)
@@ -179,6 +180,7 @@ _PROBES = (
     ),
     ("linear", "linear", ((1, 2), (2, 2), (2, 1), (1, 1, 1), (2, 1), (1, 2))),
     ("`dcd_apply`", "apply", ((1, 2, 1, 1), (1, 2, 1, 1), (2, 1), (1, 1, 1), (2, 1), (1, 2))),
+    ("`latent_moments`", "moments", ((1, 2, 1, 1), (2, 1), None, None, None, None)),
 )
 
 
@@ -207,7 +209,7 @@ def _judge(op, where, demanded, input, weight, p, phi, q, lam, size) -> Call:
         notes.append(plan)
     described = {
         "input": input,
-        "static" if op == "apply" else "weight": weight,
+        {"apply": "static", "moments": "q"}.get(op, "weight"): weight,
         "p": p,
         "phi": phi,
         "r" if op == "depthwise" else "q": q,

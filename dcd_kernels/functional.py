@@ -225,6 +225,34 @@ def dcd_apply(
     return ops.apply(static, sampled, p, phi, q, lam, bias, residual, _CODES[activation])
 
 
+def latent_moments(input: Tensor, q: Tensor, *, stride=1, offset=0) -> tuple[Tensor, Tensor]:
+    r"""Mean and covariance of the latent ``z = Qᵀ x`` over each sample's pixels, without forming z.
+
+    ``mean_n = E[z]`` and ``covariance_n = E[(z − mean)(z − mean)ᵀ]``, centred while it is accumulated: a mean
+    of a thousand standard deviations costs no accuracy. They are all that normalising the latent in training
+    needs, because ``Φ z`` has mean ``Φ mean`` and covariance ``Φ covariance Φᵀ``.
+
+    Args:
+        input: (N, Ci, \*spatial), contiguous, channels_last or any strides.
+        q: (Ci, L), in the dtype of input.
+        stride, offset: take the pixels offset + stride·i inside the input; integers, or one per dimension.
+
+    Returns:
+        mean (N, L) and covariance (N, L, L) in float32, float64 for float64. The covariance divides by the
+        number of pixels.
+
+    Raises:
+        TypeError: not a tensor, an unsupported dtype or dtypes that differ.
+        ValueError: rank, shape, device, a stride below 1, an offset outside the input.
+        RuntimeError: a backend chosen by :class:`use_backend` cannot run the call.
+    """
+    stride, offset = checks.moments("latent_moments", input, q, stride, offset)
+    pixels = geometry.every(input, stride, offset)
+    if selection.select("moments", pixels, q) == "reference":
+        return reference.moments(pixels, q)
+    return ops.latent_moments(pixels, q)
+
+
 def _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation) -> Tensor:
     if plan is None:
         if selection.select("pointwise", input, weight, p, phi, q, lam) != "reference":

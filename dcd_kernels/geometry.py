@@ -152,3 +152,11 @@ def pad_uneven(input: Tensor, where: Geometry) -> Tensor:
     for before, behind in zip(where.low, where.high, strict=True):
         extra[:0] = (0, behind - before)
     return F.pad(input, extra)
+
+
+def every(input: Tensor, stride: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
+    """View of the pixels ``offset + stride·i`` that lie inside ``input``."""
+    for axis, (step, start) in enumerate(zip(stride, offset, strict=True), start=2):
+        if step != 1 or start != 0:
+            input = input[(slice(None),) * axis + (slice(start, None, step),)]
+    return input

@@ -135,6 +135,12 @@ def dcd_apply(
     return apply(static, input, p, phi, q, lam, bias, residual, stride, offset, activation)
 
 
+def latent_moments(input: Tensor, q: Tensor, *, stride=1, offset=0) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch for :func:`dcd_kernels.latent_moments`: same arguments, shapes, dtypes and errors."""
+    stride, offset = checks.moments("latent_moments", input, q, stride, offset)
+    return moments(geometry.every(input, stride, offset), q)
+
+
 def dcd_weight(
     weight: Tensor,
     p: Tensor | None,
@@ -264,6 +270,16 @@ def linear(input, weight, p, phi, q, lam, bias, residual, activation) -> Tensor:
     dynamic = None if dynamic is None else dynamic.movedim(-1, 1)
     residual = None if residual is None else residual.movedim(-1, 1)
     return _finish(static, dynamic, lam, bias, residual, activation, input.dtype).movedim(1, -1)
+
+
+def moments(input: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """latent_moments of every pixel of a checked call, in float32 or better throughout."""
+    wide = torch.promote_types(input.dtype, torch.float32)
+    with torch.autocast(input.device.type, enabled=False):
+        latent = _project(input.to(wide), q.to(wide).t()).flatten(2)
+        mean = latent.mean(2)
+        centred = latent - mean.unsqueeze(2)
+        return mean, centred @ centred.mT / latent.shape[2]
 
 
 def convolve(input: Tensor, weight: Tensor, where: Geometry, groups: int = 1) -> Tensor:

@@ -18,13 +18,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
-OPS = ("pointwise", "linear", "depthwise", "centre", "joint", "apply")
+OPS = ("pointwise", "linear", "depthwise", "centre", "joint", "apply", "moments")
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "DCD_KERNELS_BACKEND"
-_BUILT = {cpu.NAME: cpu, reference.NAME: reference}
-_AUTO = (cpu, reference)  # in order of preference; the last one runs everything
+_BUILT = {backend.NAME: backend for backend in (cpu, triton, reference)}
+_AUTO = (cpu, triton, reference)  # in order of preference; the last one runs everything
 _ABSENT = "not built in this version"
 
 
@@ -128,6 +128,14 @@ def ask(name: str, op: str, *tensors: Tensor | None) -> tuple[bool, str]:
     """``can_run`` of the backend called ``name``, also for those that this version does not build."""
     backend = _BUILT.get(name)
     return (False, _ABSENT) if backend is None else backend.can_run(op, *tensors)
+
+
+def supports(name: str, op: str, *tensors: Tensor | None) -> tuple[bool, str]:
+    """Whether the kernels of the backend called ``name`` take such operands on a device of their own."""
+    backend = _BUILT.get(name)
+    if backend is None:
+        return False, _ABSENT
+    return getattr(backend, "supports", backend.can_run)(op, *tensors)
 
 
 def preferences() -> list[str]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autocast, autograd, fakes
+from ..backends import triton
+from . import autocast, autograd, fakes, moments
 
-__all__ = ["apply", "depthwise", "pointwise"]
+__all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_pooled"]
 
-_NAMES = ("pointwise", "apply", "depthwise")
+_NAMES = ("pointwise", "pointwise_pooled", "apply", "depthwise", "latent_moments")
 
 
 def _require_extension() -> None:
@@ -50,11 +51,25 @@ _FORMS = (
 _library = torch.library.Library("dcd_kernels", "FRAGMENT")
 
 
+def _pooled_on_cpu(*args) -> tuple[Tensor, Tensor]:
+    """No CPU kernel makes the sums on its way; a second pass does."""
+    output = _pointwise(*args)
+    return output, output.sum(
+        tuple(range(2, output.dim())), dtype=torch.promote_types(output.dtype, torch.float32)
+    )
+
+
+_pooled = torch.ops.dcd_kernels.pointwise_pooled.default
+_library.impl(_pooled, _pooled_on_cpu, "CPU")
 fakes.register(_library)
-autocast.register(_library, [form.forward for form in _FORMS])
+moments.register(_library)
+autocast.register(_library, [*(form.forward for form in _FORMS), _pooled, moments.OP])
 _pointwise_function, _apply_function, _depthwise_function = (
     autograd.register(_library, form) for form in _FORMS
 )
+_pooled_function = autograd.register_op(_library, _pooled, autograd.make_pooled_formula(_FORMS[0]))
+_moments_function = autograd.register_op(_library, moments.OP, moments.FORMULA)
+triton.register(_library)
 
 
 # Bound once: half of the time of the checks below would go into finding what they call.
@@ -66,7 +81,7 @@ _any_requires_grad = torch._C._any_requires_grad
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _call(op, function, *args) -> Tensor:
+def _call(op, function, *args):
     """`op(*args)`, by the shortest way that computes the same.
 
     The autograd kernel in the dispatcher is Python and costs 3 to 4 microseconds a call, also where
@@ -107,6 +122,29 @@ def pointwise(
     for what the kernels cannot compute.
     """
     return _call(_pointwise, _pointwise_function, input, weight, p, phi, q, lam, bias, residual, activation)
+
+
+def pointwise_pooled(
+    input: Tensor,
+    weight: Tensor,
+    p: Tensor | None,
+    phi: Tensor | None,
+    q: Tensor | None,
+    lam: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
+    """`pointwise` and the sums of its output over each sample's pixels: the next layer's pooling.
+
+    Returns (output, sums (N, Co)), the sums in float32, in float64 for float64.
+    """
+    return _call(_pooled, _pooled_function, input, weight, p, phi, q, lam, bias, residual, activation)
+
+
+def latent_moments(input: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (N, L) and centred covariance (N, L, L) of Qᵀx over each sample's pixels, `dcd.latent_moments`."""
+    return _call(moments.OP, _moments_function, input, q)
 
 
 def apply(

@@ -150,6 +150,29 @@ def make_formula(form: Form):
     return setup_context, backward
 
 
+def make_pooled_formula(form: Form):
+    """(setup_context, backward) of the forward op that also returns its output's channel sums."""
+    setup_plain, backward_plain = make_formula(form)
+
+    def setup_context(ctx, inputs, outputs):
+        ctx.set_materialize_grads(False)
+        ctx.output_like = outputs[0].shape
+        setup_plain(ctx, inputs, outputs[0])
+
+    def backward(ctx, grad, grad_sums):
+        # the sums are of the activation's values, so their gradient passes through it too
+        if grad_sums is not None:
+            spread = grad_sums.reshape(*grad_sums.shape, *[1] * (len(ctx.output_like) - 2))
+            dtype = ctx.saved_tensors[0].dtype
+            spread = spread.to(dtype).expand(ctx.output_like)
+            grad = spread if grad is None else grad + spread
+        if grad is None:
+            return (None,) * (len(ctx.needs_input_grad) - 1)
+        return backward_plain(ctx, grad)
+
+    return setup_context, backward
+
+
 def make_second_formula(form: Form):
     """(setup_context, backward) of the backward op."""
 
@@ -295,14 +318,14 @@ def _make_kernel(op, function):
     return kernel
 
 
+def register_op(library: torch.library.Library, op, formula) -> type[torch.autograd.Function]:
+    """Registers (setup_context, backward) as the gradient of an op; returns its autograd.Function."""
+    function = make_function(op, *formula)
+    library.impl(op, _make_kernel(op, function), "Autograd", with_keyset=True)
+    return function
+
+
 def register(library: torch.library.Library, form: Form) -> type[torch.autograd.Function]:
     """Registers the gradient of both ops of a form; returns the forward op's autograd.Function."""
-    functions = []
-    for op, (setup_context, backward) in (
-        (form.forward, make_formula(form)),
-        (form.backward, make_second_formula(form)),
-    ):
-        function = make_function(op, setup_context, backward)
-        library.impl(op, _make_kernel(op, function), "Autograd", with_keyset=True)
-        functions.append(function)
-    return functions[0]
+    register_op(library, form.backward, make_second_formula(form))
+    return register_op(library, form.forward, make_formula(form))

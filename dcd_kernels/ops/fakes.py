@@ -53,6 +53,13 @@ def _pointwise(input, weight, p, phi, q, lam, bias, residual, activation):
     return empty_map(input, weight.shape[0], input.shape[2:])
 
 
+def _pointwise_pooled(input, weight, p, phi, q, lam, bias, residual, activation):
+    sums = input.new_empty(
+        (input.shape[0], weight.shape[0]), dtype=torch.promote_types(input.dtype, torch.float32)
+    )
+    return _pointwise(input, weight, p, phi, q, lam, bias, residual, activation), sums
+
+
 def _pointwise_backward(grad, input, weight, p, phi, q, lam, needs):
     return _empty_gradients(grad, (input, weight, p, phi, q, lam), 1, needs)
 
@@ -80,9 +87,10 @@ def _depthwise_backward(grad, input, weight, p, phi, r, lam, stride, padding, di
 
 
 def register(library: torch.library.Library) -> None:
-    """Registers the fake implementation of the six ops."""
+    """Registers the fake implementation of every op on images."""
     for implementation in (
         _pointwise,
+        _pointwise_pooled,
         _pointwise_backward,
         _apply,
         _apply_backward,

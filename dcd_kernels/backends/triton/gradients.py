@@ -50,10 +50,11 @@ def pixel_sums(
     b_sample,
     b_step,
     PIXEL_UNIT: tl.constexpr,
+    A_CHANNEL_UNIT: tl.constexpr,
+    B_CHANNEL_UNIT: tl.constexpr,
     A_UNIT: tl.constexpr,
-    B_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,
     A_LAST: tl.constexpr,
+    B_UNIT: tl.constexpr,
     B_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -61,8 +62,8 @@ def pixel_sums(
     BLOCK_P: tl.constexpr,
 ):
     pixels = pixel_units * PIXEL_UNIT
-    a_channels = a_units * A_UNIT
-    b_channels = b_units * B_UNIT
+    a_channels = a_units * A_CHANNEL_UNIT
+    b_channels = b_units * B_CHANNEL_UNIT
     b_tiles = tl.cdiv(b_channels, BLOCK_B)
     b_tile = tl.program_id(0) % b_tiles
     a_tiles = tl.cdiv(a_channels, BLOCK_A)
@@ -87,8 +88,8 @@ def pixel_sums(
         tile = step % tiles
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         in_p = p < pixels
-        a_at = n * (a_sample * UNIT) + tl.trans(offsets(p, i, a_step, UNIT, A_LAST))
-        b_at = n * (b_sample * UNIT) + offsets(p, j, b_step, UNIT, B_LAST)
+        a_at = n * (a_sample * A_UNIT) + tl.trans(offsets(p, i, a_step, A_UNIT, A_LAST))
+        b_at = n * (b_sample * B_UNIT) + offsets(p, j, b_step, B_UNIT, B_LAST)
         left = tl.load(a + a_at, mask=in_i[:, None] & in_p[None, :], other=0.0)
         right = tl.load(b + b_at, mask=in_p[:, None] & in_j[None, :], other=0.0)
         if per_sample:
@@ -131,14 +132,16 @@ def scale_gradients(
     out_step,
     PIXEL_UNIT: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
     GRAD_LAST: tl.constexpr,
+    STATIC_UNIT: tl.constexpr,
     STATIC_LAST: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
     OUT_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradients of λ⊙static, for `apply`: one pass over both images, a program for some channels of a sample."""
+    """Gradients of λ⊙static, for `apply`: one pass over both images."""
     pixels = pixel_units * PIXEL_UNIT
     channels = channel_units * CHANNEL_UNIT
     tiles = tl.cdiv(channels, BLOCK_N)
@@ -151,13 +154,15 @@ def scale_gradients(
     for start in range(0, pixels, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = (rows < pixels)[:, None] & in_cols[None, :]
-        g_at = n * (grad_sample * UNIT) + offsets(rows, cols, grad_step, UNIT, GRAD_LAST)
+        g_at = n * (grad_sample * GRAD_UNIT) + offsets(rows, cols, grad_step, GRAD_UNIT, GRAD_LAST)
         g = tl.load(grad + g_at, mask=inside, other=0.0).to(tl.float32)
         if d_lam is not None:
-            y_at = n * (static_sample * UNIT) + offsets(rows, cols, static_step, UNIT, STATIC_LAST)
+            y_at = n * (static_sample * STATIC_UNIT) + offsets(
+                rows, cols, static_step, STATIC_UNIT, STATIC_LAST
+            )
             total += tl.sum(g * tl.load(static + y_at, mask=inside, other=0.0).to(tl.float32), 0)
         if d_static is not None:
-            out_at = n * (out_sample * UNIT) + offsets(rows, cols, out_step, UNIT, OUT_LAST)
+            out_at = n * (out_sample * OUT_UNIT) + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
             tl.store(d_static + out_at, (g * scale).to(d_static.dtype.element_ty), mask=inside)
     if d_lam is not None:
         tl.store(d_lam + n * channels + cols, total, mask=in_cols)
@@ -172,7 +177,7 @@ def sum_pixels(
     wanted: tuple[bool, bool] = (True, False),
     each_sample: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(Σ_n λ_n ⊙ A_n B_nᵀ, rowsum(A_n B_nᵀ ⊙ weight) a sample) in float32; the first unsummed if each_sample."""
+    """Σ_n λ_n ⊙ A_n B_nᵀ and rowsum(A_n B_nᵀ ⊙ weight) in float32; the first not summed if each_sample."""
     batch, a_channels = a.tensor.shape[:2]
     b_channels, pixels = b.tensor.shape[1], pixels_of(a.tensor)
     strides, constants = image_arguments(a=a, b=b)
@@ -209,8 +214,8 @@ def sum_pixels(
             "b_units": b_channels // b_unit,
             **strides,
             "PIXEL_UNIT": pixel_unit,
-            "A_UNIT": a_unit,
-            "B_UNIT": b_unit,
+            "A_CHANNEL_UNIT": a_unit,
+            "B_CHANNEL_UNIT": b_unit,
             **constants,
             "PRECISION": precision.of_products(a.tensor),
             "BLOCK_A": block_a,

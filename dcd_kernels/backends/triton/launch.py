@@ -16,7 +16,7 @@ _WIDEST = 16
 
 
 class Image(NamedTuple):
-    """A tensor (N, C, *spatial) seen as (N, C, pixels): ``last`` where channels have stride 1, else pixels have.
+    """A tensor (N, C, *spatial) seen as (N, C, pixels): channels have stride 1 if ``last``, else pixels.
 
     ``step`` is the other of the two strides, ``sample`` that between samples.
     """
@@ -30,7 +30,7 @@ class Image(NamedTuple):
 def launch(
     kernel, grid: tuple[int, ...], arguments: dict[str, object], num_warps: int, num_stages: int
 ) -> None:
-    """Starts a kernel on its tensors' device and that device's current stream; an empty grid starts nothing."""
+    """Starts a kernel on its tensors' device, in the current stream there; an empty grid starts nothing."""
     if not math.prod(grid):
         return
     with _device_of(arguments):
@@ -97,14 +97,14 @@ def unit(*values: int) -> int:
 
 
 def image_arguments(**images: Image | None) -> tuple[dict[str, object], dict[str, object]]:
-    """For each image its strides in common units, and the constants that go with them."""
-    given = [it for it in images.values() if it is not None]
-    common = unit(*(it.sample for it in given), *(it.step for it in given))
+    """For each image its strides in units of their own, and the constants that go with them."""
     strides: dict[str, object] = {}
-    constants: dict[str, object] = {"UNIT": common}
+    constants: dict[str, object] = {}
     for name, it in images.items():
-        strides[f"{name}_sample"] = 0 if it is None else it.sample // common
-        strides[f"{name}_step"] = 0 if it is None else it.step // common
+        own = 1 if it is None else unit(it.sample, it.step)
+        strides[f"{name}_sample"] = 0 if it is None else it.sample // own
+        strides[f"{name}_step"] = 0 if it is None else it.step // own
+        constants[f"{name.upper()}_UNIT"] = own
         constants[f"{name.upper()}_LAST"] = it is not None and it.last
     return strides, constants
 

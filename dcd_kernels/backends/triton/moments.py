@@ -31,8 +31,8 @@ def tile_moments(
     x_sample,
     x_step,
     PIXEL_UNIT: tl.constexpr,
-    IN_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,
+    IN_CHANNEL_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr,
     X_LAST: tl.constexpr,
     L: tl.constexpr,
     L_PADDED: tl.constexpr,
@@ -42,7 +42,7 @@ def tile_moments(
     BLOCK_K: tl.constexpr,
 ):
     pixels = pixel_units * PIXEL_UNIT
-    in_channels = in_units * IN_UNIT
+    in_channels = in_units * IN_CHANNEL_UNIT
     tiles = tl.cdiv(pixels, BLOCK_M)
     slot = tl.program_id(0).to(tl.int64)
     n = slot // tiles
@@ -55,7 +55,7 @@ def tile_moments(
     for start in range(0, in_channels, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < in_channels
-        x_at = n * (x_sample * UNIT) + offsets(rows, k, x_step, UNIT, X_LAST)
+        x_at = n * (x_sample * X_UNIT) + offsets(rows, k, x_step, X_UNIT, X_LAST)
         x_tile = tl.load(x + x_at, mask=in_rows[:, None] & in_k[None, :], other=0.0)
         l_mask = in_k[:, None] & in_latents[None, :]
         l_tile = tl.load(left + k[:, None] * L + latents[None, :], mask=l_mask, other=0.0)
@@ -90,7 +90,7 @@ def run(input: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         "in_units": in_channels // in_unit,
         **strides,
         "PIXEL_UNIT": pixel_unit,
-        "IN_UNIT": in_unit,
+        "IN_CHANNEL_UNIT": in_unit,
         **constants,
         "L": latent,
         "L_PADDED": padded(latent),

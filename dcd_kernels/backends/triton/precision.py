@@ -8,8 +8,8 @@ from torch import Tensor
 def of_products(image: Tensor) -> str:
     """'tf32' or 'ieee' for products with ``image``.
 
-    Convolutions follow ``torch.backends.cudnn.conv.fp32_precision`` (TF32 unless switched off). An image of one
-    spatial dimension may be a linear layer's rows, and follows ``torch.backends.cuda.matmul`` as well.
+    Convolutions follow ``torch.backends.cudnn.conv.fp32_precision`` (TF32 unless switched off). An image of
+    one spatial dimension may be a linear layer's rows, and follows ``torch.backends.cuda.matmul`` as well.
     """
     if image.dtype != torch.float32:
         return "ieee"  # of no effect: half-precision products are exact in float32

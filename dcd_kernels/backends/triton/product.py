@@ -4,8 +4,8 @@
 Each program makes one tile of pixels × output channels. Qᵀx and ΦQᵀx are formed on chip beside W0 x, from the
 same tile of x, so that x is read once and neither product goes through memory.
 
-The transpose, dX = W0ᵀ(λ⊙G) + Q Φᵀ Pᵀ G, is the same kernel with P and Q exchanged and λ on the reduction axis
-of the static product only.
+The transpose, dX = W0ᵀ(λ⊙G) + Q Φᵀ Pᵀ G, is the same kernel with P and Q exchanged and λ on the reduction
+axis of the static product only.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ NO_LAM, LAM_ON_OUTPUT, LAM_ON_INPUT = 0, 1, 2
 CONFIGS = (
     Config(128, 64, 64, 4, 3),
     Config(128, 128, 64, 8, 3),
+    Config(128, 64, 64, 8, 3),
     Config(64, 64, 64, 4, 3),
     Config(128, 64, 32, 4, 3),
     Config(128, 32, 64, 4, 3),
@@ -42,6 +43,8 @@ CONFIGS = (
     Config(16, 16, 64, 4, 3),
     Config(16, 16, 16, 4, 3),
 )
+# λ⊙G is a second copy of the tile in registers: wide tiles would spill
+_SCALED_CONFIGS = tuple(c for c in CONFIGS if c.block_m * c.block_n <= 1024 * c.num_warps)
 _WASTE = 1.1  # tiles may overhang the maps by this much before they run on from sample to sample
 
 
@@ -73,12 +76,15 @@ def product(
     out_sample,
     out_step,
     PIXEL_UNIT: tl.constexpr,
-    IN_UNIT: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,  # of the images' strides
+    IN_CHANNEL_UNIT: tl.constexpr,
+    OUT_CHANNEL_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr,
     X_LAST: tl.constexpr,
+    RESIDUAL_UNIT: tl.constexpr,
     RESIDUAL_LAST: tl.constexpr,
+    STATIC_UNIT: tl.constexpr,
     STATIC_LAST: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
     OUT_LAST: tl.constexpr,
     STATIC: tl.constexpr,
     LAM: tl.constexpr,
@@ -91,7 +97,8 @@ def product(
     L_OUT_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products with an image
     LATENT_PRECISION: tl.constexpr,  # of Φ, which stays float32 beside half-precision images
-    FLAT: tl.constexpr,  # tiles run on from sample to sample; for maps smaller than a tile
+    FLAT: tl.constexpr,  # tiles run on from sample to sample
+    PAIRS: tl.constexpr,  # and touch two samples at most
     EVEN_IN: tl.constexpr,
     EVEN_OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,8 +106,8 @@ def product(
     BLOCK_K: tl.constexpr,
 ):
     pixels = pixel_units * PIXEL_UNIT
-    in_channels = in_units * IN_UNIT
-    out_channels = out_units * OUT_UNIT
+    in_channels = in_units * IN_CHANNEL_UNIT
+    out_channels = out_units * OUT_CHANNEL_UNIT
     out_tiles = tl.cdiv(out_channels, BLOCK_N)
     # neighbours share a tile of x, which the second one finds in the L2 cache
     column = tl.program_id(0) % out_tiles
@@ -133,12 +140,12 @@ def product(
     latents = tl.arange(0, L_IN_PADDED)
 
     if STATIC == 1 or projects:
-        x_base = x + base * (x_sample * UNIT)
+        x_base = x + base * (x_sample * X_UNIT)
         for start in range(0, in_channels, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             in_k = (k < in_channels) | EVEN_IN
             x_tile = tl.load(
-                x_base + offsets(rows, k, x_step, UNIT, X_LAST),
+                x_base + offsets(rows, k, x_step, X_UNIT, X_LAST),
                 mask=in_rows[:, None] & in_k[None, :],
                 other=0.0,
             )
@@ -149,7 +156,11 @@ def product(
                     w_at = cols[None, :] * in_channels + k[:, None]
                 w_tile = tl.load(weight + w_at, mask=in_k[:, None] & (in_cols | EVEN_OUT)[None, :], other=0.0)
                 if LAM == 2:
-                    if FLAT:
+                    if PAIRS:
+                        low = tl.load(lam + first * in_channels + k, mask=in_k, other=0.0)[None, :]
+                        high = tl.load(lam + last * in_channels + k, mask=in_k, other=0.0)[None, :]
+                        scale = tl.where((sample == first)[:, None], low, high)
+                    elif FLAT:
                         lam_at = sample[:, None] * in_channels + k[None, :]
                         scale = tl.load(lam + lam_at, mask=in_k[None, :], other=0.0)
                     else:
@@ -165,11 +176,13 @@ def product(
 
     mixes: tl.constexpr = low_rank or mixed is not None
     if mixes and not projects:
-        z_at = base * (x_sample * UNIT) + offsets(rows, latents, x_step, UNIT, X_LAST)
+        z_at = base * (x_sample * X_UNIT) + offsets(rows, latents, x_step, X_UNIT, X_LAST)
         z = tl.load(x + z_at, mask=in_rows[:, None] & (latents < L_IN)[None, :], other=0.0).to(tl.float32)
 
     if STATIC == 2:
-        static_at = base * (static_sample * UNIT) + offsets(rows, cols, static_step, UNIT, STATIC_LAST)
+        static_at = base * (static_sample * STATIC_UNIT) + offsets(
+            rows, cols, static_step, STATIC_UNIT, STATIC_LAST
+        )
         acc = tl.load(static + static_at, mask=in_rows[:, None] & in_cols[None, :], other=0.0).to(tl.float32)
 
     if projects and latent is not None:
@@ -230,13 +243,13 @@ def product(
         acc += load_columns(bias, cols, in_cols)
     inside = in_rows[:, None] & in_cols[None, :]
     if residual is not None:
-        residual_at = base * (residual_sample * UNIT) + offsets(
-            rows, cols, residual_step, UNIT, RESIDUAL_LAST
+        residual_at = base * (residual_sample * RESIDUAL_UNIT) + offsets(
+            rows, cols, residual_step, RESIDUAL_UNIT, RESIDUAL_LAST
         )
         acc += tl.load(residual + residual_at, mask=inside, other=0.0).to(tl.float32)
     acc = activate(acc, ACTIVATION)
     if out is not None:
-        out_at = base * (out_sample * UNIT) + offsets(rows, cols, out_step, UNIT, OUT_LAST)
+        out_at = base * (out_sample * OUT_UNIT) + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
         tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
     if sums is not None:
         total = tl.sum(tl.where(inside, acc, 0.0), 0)
@@ -263,7 +276,7 @@ def run(
     mixed: Tensor | None = None,
     pooled: bool = False,
 ) -> Tensor | None:
-    """Launches the kernel on a layer; what is None is absent. Returns the channel sums (N, tiles, OUT) if pooled.
+    """Launches the kernel; what is None is absent. Returns the channel sums (N, tiles, OUT) if pooled.
 
     ``y`` None: only latent and mixed are made. ``given`` is the image of the static term where it is GIVEN.
     """
@@ -312,8 +325,8 @@ def run(
             "out_units": out_channels // out_unit,
             **strides,
             "PIXEL_UNIT": pixel_unit,
-            "IN_UNIT": in_unit,
-            "OUT_UNIT": out_unit,
+            "IN_CHANNEL_UNIT": in_unit,
+            "OUT_CHANNEL_UNIT": out_unit,
             **constants,
             "STATIC": static,
             "LAM": scales,
@@ -327,6 +340,7 @@ def run(
             "PRECISION": precision.of_products(input),
             "LATENT_PRECISION": precision.of_latents(input),
             "FLAT": flat,
+            "PAIRS": flat and pixels >= block_m,
             "EVEN_IN": in_channels % block_k == 0,
             "EVEN_OUT": out_channels % block_n == 0,
             "BLOCK_M": block_m,
@@ -339,5 +353,6 @@ def run(
         *(str(input.dtype)[6:], in_channels, out_channels, l_in, l_out, static, scales, int(transpose)),
         *(int(x.last), bucket(batch * pixels), pixel_unit, int(pooled), int(y is None)),
     )
-    start(choose("product", key, fitting(CONFIGS, batch * pixels, out_channels, in_channels), start))
+    candidates = CONFIGS if scales != LAM_ON_INPUT else _SCALED_CONFIGS
+    start(choose("product", key, fitting(candidates, batch * pixels, out_channels, in_channels), start))
     return sums[0]

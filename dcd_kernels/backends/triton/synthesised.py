@@ -22,8 +22,11 @@ CONFIGS = (
     Config(128, 64, 16, 4, 3),
     Config(128, 64, 32, 4, 3),
     Config(128, 64, 64, 4, 3),
-    Config(128, 64, 128, 8, 2),
-    Config(128, 32, 128, 4, 2),
+    Config(128, 64, 128, 8, 3),
+    Config(128, 128, 16, 8, 3),
+    Config(128, 128, 32, 8, 3),
+    Config(128, 128, 64, 8, 3),
+    Config(128, 32, 128, 4, 3),
 )
 _CHUNK = 4  # pixel tiles that share a weight
 
@@ -55,11 +58,13 @@ def synthesised(
     out_sample,
     out_step,
     PIXEL_UNIT: tl.constexpr,
-    IN_UNIT: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,
+    IN_CHANNEL_UNIT: tl.constexpr,
+    OUT_CHANNEL_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr,
     X_LAST: tl.constexpr,
+    RESIDUAL_UNIT: tl.constexpr,
     RESIDUAL_LAST: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
     OUT_LAST: tl.constexpr,
     BIAS_OF_SAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -73,8 +78,8 @@ def synthesised(
     BLOCK_K: tl.constexpr,  # at least K
 ):
     pixels = pixel_units * PIXEL_UNIT
-    in_channels = in_units * IN_UNIT
-    out_channels = out_units * OUT_UNIT
+    in_channels = in_units * IN_CHANNEL_UNIT
+    out_channels = out_units * OUT_CHANNEL_UNIT
     out_tiles = tl.cdiv(out_channels, BLOCK_N)
     chunks = tl.cdiv(pixels, BLOCK_M * CHUNK)
     column = tl.program_id(0) % out_tiles
@@ -112,17 +117,17 @@ def synthesised(
     for step in range(CHUNK):
         rows = (chunk * CHUNK + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < pixels
-        x_at = n * (x_sample * UNIT) + offsets(rows, k, x_step, UNIT, X_LAST)
+        x_at = n * (x_sample * X_UNIT) + offsets(rows, k, x_step, X_UNIT, X_LAST)
         x_tile = tl.load(x + x_at, mask=in_rows[:, None] & in_k[None, :], other=0.0)
         acc = tl.dot(x_tile, w_n, input_precision=PRECISION) + shift
         inside = in_rows[:, None] & in_cols[None, :]
         if residual is not None:
-            residual_at = n * (residual_sample * UNIT) + offsets(
-                rows, cols, residual_step, UNIT, RESIDUAL_LAST
+            residual_at = n * (residual_sample * RESIDUAL_UNIT) + offsets(
+                rows, cols, residual_step, RESIDUAL_UNIT, RESIDUAL_LAST
             )
             acc += tl.load(residual + residual_at, mask=inside, other=0.0).to(tl.float32)
         acc = activate(acc, ACTIVATION)
-        out_at = n * (out_sample * UNIT) + offsets(rows, cols, out_step, UNIT, OUT_LAST)
+        out_at = n * (out_sample * OUT_UNIT) + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
         tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
         if sums is not None:
             total += tl.sum(tl.where(inside, acc, 0.0), 0)
@@ -144,7 +149,7 @@ def run(
     activation: int,
     pooled: bool,
 ) -> Tensor | None:
-    """Launches the kernel on a layer; what is None is absent. Returns the channel sums (N, chunks, OUT) if pooled."""
+    """Launches the kernel; what is None is absent. Returns the channel sums (N, chunks, OUT) if pooled."""
     input = x.tensor
     batch, in_channels = input.shape[:2]
     pixels, out_channels, latent = pixels_of(input), weight.shape[0], phi.shape[1]
@@ -176,8 +181,8 @@ def run(
             "out_units": out_channels // out_unit,
             **strides,
             "PIXEL_UNIT": pixel_unit,
-            "IN_UNIT": in_unit,
-            "OUT_UNIT": out_unit,
+            "IN_CHANNEL_UNIT": in_unit,
+            "OUT_CHANNEL_UNIT": out_unit,
             **constants,
             "BIAS_OF_SAMPLE": bias is not None and bias.dim() == 2,
             "ACTIVATION": activation,

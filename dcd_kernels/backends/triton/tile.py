@@ -2,10 +2,10 @@
 """What the kernels share: where an image's elements lie, and the end of every output tile.
 
 An image (N, C, pixels) has one axis of stride 1, the pixels (contiguous) or the channels (channels_last).
-Its other strides come divided by UNIT, a power of two: Triton reads 16 bytes at once only where it can prove
-that rows start on multiples of 16 bytes, and it proves that from ``step * UNIT`` but not from ``step``.
-Rows of a tile are pixels and columns are channels in either layout, so that one kernel serves both and the
-pixels, of which there are many, fill the matrix units' long axis.
+Its other strides come divided by a power of two, UNIT: Triton reads 16 bytes at once only where it can
+prove that rows start on multiples of 16 bytes, and ``step * UNIT`` proves what ``step`` does not; sizes are
+passed likewise. Rows of a tile are pixels and columns are channels in either layout, so that one kernel
+serves both and the pixels, of which there are many, fill the matrix units' long axis.
 """
 
 import triton
