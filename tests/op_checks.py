@@ -31,8 +31,16 @@ def values(
         assert got.is_contiguous()
 
 
-def same_bits(case: Case, layout: str, isa: str, count: int) -> None:
-    tensors = operands(case, layout=layout, requires_grad=True)
+def same_bits(
+    case: Case,
+    layout: str,
+    isa: str | None,
+    count: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    tensors = operands(case, dtype, layout, requires_grad=True, device=device)
     wanted = [t for t in tensors if t is not None]
     with given.instruction_set(isa), given.threads(count):
         runs = []
