@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ops channel_sums and branch, the dynamic branch in two launches: fakes, gradients, entry points.
+
+Their gradients are compositions of torch's own operations, which can be differentiated again. There is no
+autocast rule: both take every dtype and compute in float32 (float64 where the sums are), and so does the
+gradient, whatever region it is called in.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd
+from .calls import call
+
+#: The codes of csrc/branch.h are the places in these.
+GATES = (None, "relu", "relu6", "silu", "hardswish", "se")
+LAM_ACTIVATIONS = (None, "hardsigmoid2", "sigmoid2", "hardsigmoid", "sigmoid")
+
+_TILE_PIXELS, _MAX_TILES = 512, 16  # csrc/branch.h: kPoolTilePixels, kPoolMaxTiles
+
+_sums_op = torch.ops.dcd_kernels.channel_sums.default
+_branch_op = torch.ops.dcd_kernels.branch.default
+
+
+def _tiles(pixels):
+    """How many partial sums there are, which depends on the number of pixels alone."""
+    return torch.sym_max(1, torch.sym_min(_MAX_TILES, (pixels + _TILE_PIXELS - 1) // _TILE_PIXELS))
+
+
+def _pixels(shape):
+    pixels = 1
+    for size in shape[2:]:
+        pixels = pixels * size
+    return pixels
+
+
+def _sums_fake(input: Tensor) -> Tensor:
+    batch, channels = input.shape[:2]
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return input.new_empty((batch, _tiles(_pixels(input.shape)), channels), dtype=dtype)
+
+
+def _sums_setup(ctx, inputs, output):
+    ctx.input_shape, ctx.input_dtype = inputs[0].shape, inputs[0].dtype
+
+
+def _sums_backward(ctx, grad):
+    shape = ctx.input_shape
+    tiles = grad.shape[1]
+    grad = grad.to(ctx.input_dtype)
+    # Whoever adds up the tiles sends back one gradient for all of them, expanded: then so is the image's.
+    if tiles == 1 or grad.stride(1) == 0:
+        spread = grad[:, 0].reshape(*shape[:2], *[1] * (len(shape) - 2))
+        return (spread.expand(shape),)
+    pixels = _pixels(shape)
+    size = (((pixels + tiles - 1) // tiles) + 7) // 8 * 8
+    return (grad.mT.repeat_interleave(size, 2)[:, :, :pixels].reshape(shape),)
+
+
+def _branch_fake(sums, scale, squeeze, squeeze_bias, gate, gate_bias, expand, expand_bias, lam_channels, *_):
+    batch, coefficients = sums.shape[0], expand.shape[0]
+    return sums.new_empty((batch, lam_channels)), sums.new_empty((batch, coefficients - lam_channels))
+
+
+def _without_autocast(device_type: str):
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _inside(x: Tensor) -> Tensor:
+    """The slope of relu6(x + 3)."""
+    return ((x > -3) & (x < 3)).to(x.dtype)
+
+
+def _gate_and_slope(before: Tensor, code: int) -> tuple[Tensor, Tensor | None]:
+    """The hidden units and their derivative; None: 1."""
+    name = GATES[code]
+    if name == "relu":
+        return before.relu(), (before > 0).to(before.dtype)
+    if name == "relu6":
+        return F.relu6(before), ((before > 0) & (before < 6)).to(before.dtype)
+    if name == "silu":
+        sigmoid = before.sigmoid()
+        return before * sigmoid, sigmoid * (1 + before * (1 - sigmoid))
+    if name == "hardswish":
+        sixth = F.relu6(before + 3) / 6
+        return before * sixth, sixth + before * _inside(before) / 6
+    return before, None
+
+
+def _lam_slope(lam: Tensor, code: int) -> Tensor | None:
+    """The derivative of λ by its logit, from λ itself; None: 1."""
+    name = LAM_ACTIVATIONS[code]
+    if name == "hardsigmoid2":
+        return ((lam > 0) & (lam < 2)).to(lam.dtype) / 3
+    if name == "hardsigmoid":
+        return ((lam > 0) & (lam < 1)).to(lam.dtype) / 6
+    if name == "sigmoid2":
+        return lam * (1 - lam / 2)
+    if name == "sigmoid":
+        return lam * (1 - lam)
+    return None
+
+
+def _branch_setup(ctx, inputs, outputs):
+    sums, scale, squeeze, squeeze_bias, gate, gate_bias, expand, expand_bias = inputs[:8]
+    ctx.set_materialize_grads(False)
+    ctx.scale = scale
+    ctx.lam_channels, ctx.gate, ctx.lam_activation = inputs[8:]
+    ctx.expand_bias_dtype = None if expand_bias is None else expand_bias.dtype
+    ctx.save_for_backward(sums, squeeze, squeeze_bias, gate, gate_bias, expand, outputs[0])
+
+
+def _logits_gradient(ctx, d_lam: Tensor | None, d_phi: Tensor | None, lam: Tensor) -> Tensor:
+    others = ctx.saved_tensors[5].shape[0] - ctx.lam_channels
+    if d_lam is None:
+        d_lam = torch.zeros_like(lam)
+    elif (slope := _lam_slope(lam, ctx.lam_activation)) is not None:
+        d_lam = d_lam * slope
+    if others == 0:
+        return d_lam
+    if d_phi is None:
+        d_phi = lam.new_zeros((lam.shape[0], others))
+    return torch.cat((d_lam, d_phi), 1) if ctx.lam_channels else d_phi
+
+
+def _branch_backward(ctx, d_lam, d_phi):
+    if d_lam is None and d_phi is None:
+        return (None,) * 11
+    sums, *parameters, lam = ctx.saved_tensors
+    needs = dict(
+        zip(("sums", "", "w1", "b1", "wg", "bg", "w2", "b2"), ctx.needs_input_grad[1:], strict=False)
+    )
+    dtypes = [None if t is None else t.dtype for t in parameters]
+    with _without_autocast(sums.device.type):
+        w1, b1, wg, bg, w2 = (None if t is None else t.to(sums.dtype) for t in parameters)
+        pooled = (sums.sum(1) if sums.shape[1] > 1 else sums[:, 0]) * ctx.scale
+        before = F.linear(pooled, w1, b1)
+        d_logits = _logits_gradient(ctx, d_lam, d_phi, lam)
+        d_hidden = d_logits @ w2
+        d_gate = None
+        if wg is not None:
+            gate_logits = F.linear(before, wg, bg)
+            factor = F.relu6(gate_logits + 3) / 3
+            hidden = before * factor
+            d_gate = d_hidden * before * _inside(gate_logits) / 3
+            d_before = d_hidden * factor + d_gate @ wg
+        else:
+            hidden, slope = _gate_and_slope(before, ctx.gate)
+            d_before = d_hidden if slope is None else d_hidden * slope
+        found = {
+            "w1": (lambda: d_before.mT @ pooled, dtypes[0]),
+            "b1": (lambda: d_before.sum(0), dtypes[1]),
+            "wg": (lambda: d_gate.mT @ before, dtypes[2]),
+            "bg": (lambda: d_gate.sum(0), dtypes[3]),
+            "w2": (lambda: d_logits.mT @ hidden, dtypes[4]),
+            "b2": (lambda: d_logits.sum(0), ctx.expand_bias_dtype),
+            "sums": (lambda: ((d_before @ w1) * ctx.scale).unsqueeze(1).expand(sums.shape), sums.dtype),
+        }
+        gradients = [
+            found[name][0]().to(found[name][1]) if name and needed else None for name, needed in needs.items()
+        ]
+    return (*gradients, None, None, None)
+
+
+def register(library: torch.library.Library) -> None:
+    """Registers the fake implementations and the gradients."""
+    global _sums_function, _branch_function
+    torch.library.register_fake("dcd_kernels::channel_sums", _sums_fake, lib=library)
+    torch.library.register_fake("dcd_kernels::branch", _branch_fake, lib=library)
+    _sums_function = autograd.register_op(library, _sums_op, (_sums_setup, _sums_backward))
+    _branch_function = autograd.register_op(library, _branch_op, (_branch_setup, _branch_backward))
+
+
+def channel_sums(input: Tensor) -> Tensor:
+    """Sums over each sample's pixels, in parts: the pooling that `branch` finishes.
+
+    input (N, C, *spatial) with at least one spatial dimension, in any layout (contiguous and channels-last
+    images are read in place), float32, float16, bfloat16, and on the CPU float64.
+
+    Returns (N, T, C) in float32 (float64 for float64): the sum over T is that over the pixels, and T is their
+    number over 512, rounded up, at least 1 and at most 16. Raises RuntimeError for other ranks and dtypes.
+    """
+    return call(_sums_op, _sums_function, input)
+
+
+def branch(
+    sums: Tensor,
+    scale: float,
+    squeeze_weight: Tensor,
+    squeeze_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    lam_channels: int,
+    gate: int,
+    lam_activation: int,
+) -> tuple[Tensor, Tensor]:
+    """λ and Φ from channel sums, the branch of Section 3.4 and Figure 2 behind its pooling::
+
+        x = scale · Σ_t sums_t        h = gate(squeeze x)        (logits of λ, Φ) = expand h
+
+    sums (N, T, I) in float32 or, on the CPU, float64; scale is 1 over the number of pixels; squeeze_weight
+    (S, I), gate_weight (S, S) for the gate 'se' and for no other, expand_weight (lam_channels + ∏Φ, S), each
+    with a bias or None; these all of one dtype, float32, float16 or bfloat16. gate and lam_activation are
+    places in `GATES` and `LAM_ACTIVATIONS`, whose formulas are those of `dcd_kernels.nn.DynamicBranch`.
+
+    Returns lam (N, lam_channels) and Φ (N, ∏Φ), flat, in the dtype of the sums, in which everything is
+    computed. Raises RuntimeError for what does not fit together; on CUDA also for I > 8192 and S > 1024.
+    """
+    return call(
+        _branch_op,
+        _branch_function,
+        sums,
+        scale,
+        squeeze_weight,
+        squeeze_bias,
+        gate_weight,
+        gate_bias,
+        expand_weight,
+        expand_bias,
+        lam_channels,
+        gate,
+        lam_activation,
+    )
