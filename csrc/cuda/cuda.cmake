@@ -44,7 +44,10 @@ add_library(_ops_cuda MODULE
   csrc/cuda/depthwise_convolve_bfloat.cu
   csrc/cuda/depthwise_convolve_float.cu
   csrc/cuda/depthwise_convolve_half.cu
-  csrc/cuda/depthwise_reduce.cu)
+  csrc/cuda/depthwise_reduce.cu
+  csrc/cuda/depthwise_sums_bfloat.cu
+  csrc/cuda/depthwise_sums_float.cu
+  csrc/cuda/depthwise_sums_half.cu)
 target_compile_definitions(_ops_cuda PRIVATE TORCH_TARGET_VERSION=0x020b000000000000 DCD_CUDA_LIBRARY USE_CUDA)
 target_include_directories(_ops_cuda SYSTEM PRIVATE
   ${DCD_TORCH_ROOT}/include ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})

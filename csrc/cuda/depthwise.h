@@ -82,16 +82,18 @@ struct ReduceParams {
 
 // Bytes of a tile in shared memory, so that several blocks fit on any multiprocessor of compute
 // capability 8.0 on.
-constexpr int kTileBytes = 36 * 1024;
+constexpr int kTileBytes = 32 * 1024;
 // Shared memory of a block that needs no permission by the driver.
 constexpr int kSharedBytes = 48 * 1024;
-constexpr int kLatentLimit = 64;
+constexpr int kLatentLimit = 48;  // what the sums of k = 7 still fit into 99 KB with
 
 // Each starts its kernel on `stream` and returns the error code of the launch, 0 for success.
 int convolve_float(const ConvolveParams& s, bool last, int kernel, Mode mode, void* stream);
 int convolve_half(const ConvolveParams& s, bool last, int kernel, Mode mode, void* stream);
 int convolve_bfloat(const ConvolveParams& s, bool last, int kernel, Mode mode, void* stream);
-int sum_products(const SumsParams& s, int type, bool last, int kernel, Mode mode, void* stream);
+int sums_float(const SumsParams& s, bool last, int kernel, Mode mode, void* stream);
+int sums_half(const SumsParams& s, bool last, int kernel, Mode mode, void* stream);
+int sums_bfloat(const SumsParams& s, bool last, int kernel, Mode mode, void* stream);
 int reduce(ReduceParams s, void* stream);
 const char* error_text(int code);
 

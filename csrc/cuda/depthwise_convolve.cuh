@@ -7,7 +7,9 @@
 namespace dcd::cuda::dw {
 
 template <class T, bool LAST, int KERNEL, Mode MODE>
-__global__ __launch_bounds__(kThreads) void convolve_kernel(const __grid_constant__ ConvolveParams s) {
+__global__ __launch_bounds__(kThreads,
+                             KERNEL == 7 ? 3
+                                         : 4) void convolve_kernel(const __grid_constant__ ConvolveParams s) {
     extern __shared__ __align__(16) char memory[];
     Team<NoState, kThreads> block;
     convolve_block<T, LAST, KERNEL, MODE>(block, s, blockIdx.x, memory);

@@ -33,9 +33,11 @@ void complete(Tiling& t, int mode, int kernel, int channels, int patch_rows_in_a
     t.line = Divider(LAST ? t.in_columns : t.pitch / t.vector);
 }
 
+// `beside`: elements of a second tile without a halo, of as many columns, that has to fit in as well: 0 or 1
+// times.
 template <class T, bool LAST>
 Tiling plan_tiles(int mode, int kernel, int channels, int height, int width, int pad_rows, int pad_columns,
-                  int vector, int budget = kTileBytes) {
+                  int vector, int beside = 0) {
     using A = Arrangement<T, LAST>;
     Tiling t{};
     t.vector = vector;
@@ -46,19 +48,27 @@ Tiling plan_tiles(int mode, int kernel, int channels, int height, int width, int
     // Else: whole rows where they are not too long.
     const int most_columns = LAST ? (mode == kDown ? 4 : 7) : 64;
     const int most_patches = LAST ? 56 : 2 * kThreads;
-    const int wide = share(patch_columns, most_columns);
-    const auto extend = [&](int high, int group) {
+    const auto extend = [&](int high, int wide, int group) {
         t.rows = high * A::kPatchRows, t.columns = wide * A::kPatchColumns, t.group = group;
         complete<T, LAST>(t, mode, kernel, channels, patch_rows, patch_columns);
-        return static_cast<int64_t>(t.tile_elements()) * static_cast<int64_t>(sizeof(T)) <= budget;
+        const int64_t second = int64_t{t.rows} * (t.columns + 2 * A::kVector) * group;
+        return (t.tile_elements() + beside * second) * static_cast<int64_t>(sizeof(T)) <= kTileBytes;
     };
+    const int least_group = LAST ? A::kGroup : 1;
+    int wide = share(patch_columns, most_columns);
     int high = share(patch_rows, larger(1, most_patches / wide));
-    while (!extend(high, LAST ? A::kGroup : 1) && high > 1) high = share(patch_rows, high - 1);
+    while (!extend(high, wide, least_group)) {
+        if (high > 1)
+            high = share(patch_rows, high - 1);
+        else
+            wide = share(patch_columns, wide - 1);
+    }
     if (!LAST) {  // planes of less than a tile go together
-        int group = power_of_two(
-            smaller(smaller(A::kGroup, 2 * channels - 1), larger(1, most_patches / (high * wide))));
-        while (group > 1 && !extend(high, group)) group /= 2;
-        extend(high, group);
+        const int patches = high * wide;
+        int group =
+            power_of_two(larger(1, smaller(smaller(A::kGroup, 2 * channels - 1), most_patches / patches)));
+        while (group > 1 && !extend(high, wide, group)) group /= 2;
+        extend(high, wide, group);
     }
     return t;
 }
@@ -91,11 +101,38 @@ bool moves_pairs(const Image& image, int64_t batch, int channels, int lead_colum
 // several, and independent of the device, so that results are too. It bounds the memory of the partial sums.
 constexpr int kSplitBlocks = 768;
 
-inline void plan_splits(SumsParams& s) {
-    const int groups = static_cast<int>(s.tiling.groups.divisor);
-    const int wanted = ceil_div(kSplitBlocks, groups);
+// Completes parameters whose images, factors and padding are given.
+template <class T, bool LAST>
+void plan_convolve(ConvolveParams& s, int mode, int kernel) {
+    s.tiling = plan_tiles<T, LAST>(mode, kernel, s.channels, s.output.height, s.output.width, s.pad_rows,
+                                   s.pad_columns, vector_of<T, LAST>(s.input, s.batch, s.channels));
+    const int lead = s.tiling.lead_columns;
+    s.output_pairs = moves_pairs<T, LAST>(s.output, s.batch, s.channels, lead);
+    s.residual_pairs = s.residual.data && moves_pairs<T, LAST>(s.residual, s.batch, s.channels, lead);
+}
+
+template <class T, bool LAST>
+void plan_sums(SumsParams& s, int mode, int kernel) {
+    s.tiling = plan_tiles<T, LAST>(mode, kernel, s.channels, s.grad.height, s.grad.width, s.pad_rows,
+                                   s.pad_columns, vector_of<T, LAST>(s.input, s.batch, s.channels), 1);
+    // the same outputs, each read where it is
+    using A = Arrangement<T, LAST>;
+    s.grad_tiling = s.tiling;
+    s.grad_tiling.vector = vector_of<T, LAST>(s.grad, s.batch, s.channels);
+    complete<T, LAST>(s.grad_tiling, kSame, 1, s.channels, ceil_div(s.grad.height, A::kPatchRows),
+                      ceil_div(s.grad.width, A::kPatchColumns));
+    const int wanted = ceil_div(kSplitBlocks, static_cast<int>(s.tiling.groups.divisor));
     s.sample_splits = static_cast<int>(s.batch < wanted ? s.batch : wanted);
     s.tile_splits = smaller(s.tiling.tiles(), larger(1, wanted / s.sample_splits));
+}
+
+// Turns the parameters of a forward convolution, whose input is already the gradient of its output, into
+// those of the input's gradient; returns the mode.
+inline Mode transpose(ConvolveParams& s, int kernel, int stride) {
+    if (stride == 2) return kUp;
+    s.factors.flip = true;
+    s.pad_rows = kernel - 1 - s.pad_rows, s.pad_columns = kernel - 1 - s.pad_columns;
+    return kSame;
 }
 
 }  // namespace dcd::cuda::dw

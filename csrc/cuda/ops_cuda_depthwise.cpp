@@ -12,9 +12,8 @@ namespace {
 using namespace dcd::cuda::dw;
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kSideEnd = int64_t{1} << 29;          // coordinates twice as large fit 31 bits
-constexpr int64_t kSampleEnd = int64_t{1} << 31;        // offsets within a sample
-constexpr int64_t kBlocksEnd = (int64_t{1} << 31) - 1;  // of a launch
+constexpr int64_t kSideEnd = int64_t{1} << 29;    // coordinates twice as large fit 31 bits
+constexpr int64_t kSampleEnd = int64_t{1} << 31;  // offsets within a sample
 
 // What these kernels take, of what check_depthwise lets pass. backends/cuda.py says the same beforehand.
 void check_supported(const Tensor& input, const Tensor& weight, const DepthwiseShape& shape,
@@ -34,7 +33,7 @@ void check_supported(const Tensor& input, const Tensor& weight, const DepthwiseS
                std::to_string(weight.size(0)) + " and " + std::to_string(input.size(1)));
     if (stride[0] != stride[1] || stride[0] > 2) refuse("stride 1 or 2", text(stride));
     if (dilation[0] != 1 || dilation[1] != 1) refuse("dilation 1", text(dilation));
-    if (shape.latent > kLatentLimit) refuse("at most 64 latent components", std::to_string(shape.latent));
+    if (shape.latent > kLatentLimit) refuse("at most 48 latent components", std::to_string(shape.latent));
     for (size_t d = 2; d < 4; ++d)
         if (input.size(static_cast<int64_t>(d)) >= kSideEnd || padding[d - 2] >= kSideEnd ||
             shape.out_sizes[d] >= kSideEnd)
@@ -110,19 +109,14 @@ void with_arrangement(int type, bool last, const F& f) {
         with_type(BFloat{});
 }
 
-// Plans and starts s, whose images, factors, padding and activation are given.
+constexpr double kBlocksEnd = 2147483647;  // of a launch
+
+// Starts s, whose images, factors, padding and activation are given.
 void start_convolve(ConvolveParams& s, int type, bool last, int kernel, Mode mode, void* stream) {
     with_arrangement(type, last, [&](auto zero, auto order) {
-        using T = decltype(zero);
-        constexpr bool kLast = decltype(order)::value;
-        s.tiling = plan_tiles<T, kLast>(mode, kernel, s.channels, s.output.height, s.output.width, s.pad_rows,
-                                        s.pad_columns, vector_of<T, kLast>(s.input, s.batch, s.channels));
-        const int lead = s.tiling.lead_columns;
-        s.output_pairs = moves_pairs<T, kLast>(s.output, s.batch, s.channels, lead);
-        s.residual_pairs = s.residual.data && moves_pairs<T, kLast>(s.residual, s.batch, s.channels, lead);
+        plan_convolve<decltype(zero), decltype(order)::value>(s, mode, kernel);
     });
-    const double blocks = static_cast<double>(s.batch) * s.tiling.tiles() * s.tiling.groups.divisor;
-    STD_TORCH_CHECK(blocks <= static_cast<double>(kBlocksEnd),
+    STD_TORCH_CHECK(static_cast<double>(s.batch) * s.tiling.tiles() * s.tiling.groups.divisor <= kBlocksEnd,
                     "the batch is too large for one launch of the CUDA depthwise kernels: ", s.batch,
                     " samples");
     const auto launch = type == kFloat ? convolve_float : type == kHalf ? convolve_half : convolve_bfloat;
@@ -164,10 +158,119 @@ Tensor depthwise(const Tensor& input,             // [N, C, H, W]
     return output;
 }
 
+// Partial sums in one allocation, and where each goes in the end.
+class Partials {
+  public:
+    explicit Partials(ReduceParams* reductions) : reductions_(reductions) {}
+    // `gradient` [size] = the sum of `count` of its size; nothing for an empty one.
+    void add(float** place, const Tensor& gradient, int64_t count) {
+        if (gradient.numel() == 0) return;
+        reductions_->each[reductions_->used++] = {nullptr,
+                                                  gradient.numel(),
+                                                  static_cast<int>(count),
+                                                  gradient.mutable_data_ptr(),
+                                                  type_code(gradient.scalar_type()),
+                                                  0};
+        places_.push_back(place);
+        elements_ += count * gradient.numel();
+    }
+    Tensor allocate() {
+        const Tensor memory = empty_dense({elements_}, ScalarType::Float);
+        float* next = static_cast<float*>(memory.mutable_data_ptr());
+        for (size_t i = 0; i < places_.size(); ++i) {
+            Reduction& r = reductions_->each[i];
+            r.from = *places_[i] = next;
+            next += r.count * r.size;
+        }
+        return memory;
+    }
+
+  private:
+    ReduceParams* reductions_;
+    std::vector<float**> places_;
+    int64_t elements_ = 0;
+};
+
+// The gradients of the parameters; an empty tensor is one that nobody asked for.
+void start_sums(SumsParams& s, int type, bool last, int kernel, Mode mode, const Tensor& d_weight,
+                const Tensor& d_p, const Tensor& d_phi, const Tensor& d_r, const Tensor& d_lam,
+                void* stream) {
+    with_arrangement(type, last, [&](auto zero, auto order) {
+        plan_sums<decltype(zero), decltype(order)::value>(s, mode, kernel);
+    });
+    const int64_t groups = s.tiling.groups.divisor, splits = int64_t{s.sample_splits} * s.tile_splits;
+    STD_TORCH_CHECK(static_cast<double>(splits) * static_cast<double>(groups) <= kBlocksEnd,
+                    "input has too many channels for one launch of the CUDA depthwise kernels: ", s.channels);
+    ReduceParams reductions{};
+    Partials partials(&reductions);
+    partials.add(&s.d_weight, d_weight, splits);
+    partials.add(&s.d_p, d_p, splits);
+    partials.add(&s.d_phi, d_phi, s.tile_splits * groups);
+    partials.add(&s.d_r, d_r, splits * groups);
+    partials.add(&s.d_lam, d_lam, s.tile_splits);
+    if (reductions.used == 0) return;
+    const Tensor memory = partials.allocate();
+    const auto launch = type == kFloat ? sums_float : type == kHalf ? sums_half : sums_bfloat;
+    check_launch(launch(s, last, kernel, mode, stream));
+    check_launch(reduce(reductions, stream));
+}
+
+// Given G = dy behind the activation; bit i of `needs` asks for return i.
+SixTensors depthwise_backward(const Tensor& grad,         // [N, C, H', W']
+                              const Tensor& input,        // [N, C, H, W]
+                              const Tensor& weight,       // [C, 1, k, k]
+                              const OptionalTensor& p,    // [C, L_k]
+                              const OptionalTensor& phi,  // [N, L_k, L_k]
+                              const OptionalTensor& r,    // [k * k, L_k]
+                              const OptionalTensor& lam,  // [N, C]
+                              const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                              int64_t needs) {
+    const DepthwiseShape shape = check_depthwise(input, weight, p, phi, r, lam, stride, padding, dilation);
+    check_operands(input, "input", {{"grad", grad, true}});
+    check_like(grad, "grad", shape.out_sizes);
+    check_supported(input, weight, shape, stride, padding, dilation);
+    const DeviceGuard guard(input.get_device_index());
+    const bool last = is_channels_last(input);
+    const ScalarType type = input.scalar_type();
+    // unwanted ones have the type that is computed in, as on the CPU
+    const Gradients wanted{needs, ScalarType::Float, grad.numel() == 0};
+    const auto typed = [&](const OptionalTensor& like) {
+        return Gradients{needs, like ? like->scalar_type() : ScalarType::Float, wanted.all_zero};
+    };
+    const Tensor d_input = typed(input).map(0, input, last), d_weight = typed(weight).dense(1, weight);
+    const Tensor d_p = typed(p).dense(2, p), d_phi = typed(phi).dense(3, phi), d_r = typed(r).dense(4, r);
+    const Tensor d_lam = typed(lam).dense(5, lam);
+    const auto all = std::make_tuple(d_input, d_weight, d_p, d_phi, d_r, d_lam);
+    if (wanted.all_zero) return all;
+    // in the input's layout, for a gradient in another one is read an element at a time
+    const Tensor g = as_map(grad, last, type);
+    const Held held(weight, p, phi, r, lam);
+    const int kernel = static_cast<int>(weight.size(2)), code = type_code(type);
+    void* stream = current_stream(input);
+    if (d_input.numel()) {
+        ConvolveParams s{};
+        s.batch = input.size(0), s.channels = static_cast<int>(input.size(1));
+        s.pad_rows = static_cast<int>(padding[0]), s.pad_columns = static_cast<int>(padding[1]);
+        s.factors = held.factors(shape.latent, false);
+        s.input = image_of(g, "grad"), s.output = image_of(d_input, "the gradient of input");
+        const Mode mode = transpose(s, kernel, static_cast<int>(stride[0]));
+        start_convolve(s, code, last, kernel, mode, stream);
+    }
+    SumsParams s{};
+    s.batch = input.size(0), s.channels = static_cast<int>(input.size(1));
+    s.pad_rows = static_cast<int>(padding[0]), s.pad_columns = static_cast<int>(padding[1]);
+    s.factors = held.factors(shape.latent, false);
+    s.input = image_of(input, "input"), s.grad = image_of(g, "grad");
+    start_sums(s, code, last, kernel, stride[0] == 1 ? kSame : kDown, d_weight, d_p, d_phi, d_r, d_lam,
+               stream);
+    return all;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dcd_kernels, CUDA, m) {
     m.impl("depthwise", TORCH_BOX(&depthwise));
+    m.impl("depthwise_backward", TORCH_BOX(&depthwise_backward));
 }
 
 }  // namespace dcd
