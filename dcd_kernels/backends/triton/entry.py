@@ -8,11 +8,13 @@ are parameters and L×L matrices, small beside an image, and the kernels stay fr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...ops.fakes import empty_map
-from . import gradients, moments, operands, product, synthesised
+from . import gradients, moments, operands, product, scaling, synthesised
 from .launch import Image, image, pixels_of
 
 SMALL_MAP = 16  # pixels under which a sample fills no matrix unit: its sums are taken over the whole batch
@@ -80,9 +82,12 @@ def pointwise_backward(
     grad = grad.to(input.dtype)
     blocks = operands.blocks_of(phi)
     p, phi, q = operands.widen(p, phi, q)
-    found = _low_rank_gradients(grad, input, weight, p, phi, q, lam, needs & 1, needs >> 2 & 0b111, blocks)
-    found[1], found[5] = _weight_gradients(input, grad, weight, lam, needs >> 1 & 1, needs >> 5 & 1)
-    return operands.returned(found, factors, needs, 1)
+    d_input, latents = _input_gradient(grad, input, weight, p, phi, q, lam, needs & 1, needs >> 2 & 0b111)
+    d_phi = _phi_gradient(input, q, latents) if needs & 0b1000 else None
+    wants = tuple(bool(needs >> place & 1) for place in (1, 5, 2, 4))
+    d_weight, d_lam, d_p, d_q = _parameter_gradients(grad, input, weight, lam, latents, *wants)
+    d_p, d_phi, d_q = operands.narrow((d_p, d_phi, d_q), blocks)
+    return operands.returned((d_input, d_weight, d_p, d_phi, d_q, d_lam), factors, needs, 1)
 
 
 def apply(
@@ -126,43 +131,18 @@ def apply_backward(
     if needs & 1 and lam is None:
         d_static = empty_map(static, static.shape[1], static.shape[2:]).copy_(grad)
     elif needs & 0b100001:
-        d_static, d_lam = gradients.static_gradients(grad, static, lam, needs & 1, needs >> 5 & 1)
-    found: list[Tensor | None] = [None] * 6
+        d_static, d_lam = scaling.run(grad, static, lam, needs & 1, needs >> 5 & 1)
+    d_input = d_p = d_phi = d_q = None
     if p is not None:
         blocks = operands.blocks_of(phi)
         p, phi, q = operands.widen(p, phi, q)
-        found = _low_rank_gradients(
-            grad, input, None, p, phi, q, None, needs >> 1 & 1, needs >> 2 & 0b111, blocks
-        )
-    return operands.returned((d_static, found[0], *found[2:5], d_lam), factors, needs, 2)
-
-
-def _low_rank_gradients(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    lam: Tensor | None,
-    needs_input: int,
-    needs_factors: int,
-    blocks: int,
-) -> list[Tensor | None]:
-    """Six gradients with those of input, p, phi and q filled in, as far as they are needed."""
-    found: list[Tensor | None] = [None] * 6
-    latent = mixed = None
-    if needs_factors:
-        latent, mixed = _empty_latents(input, phi.shape[1]), _empty_latents(input, phi.shape[2])
-    if needs_input:
-        found[0] = empty_map(input, input.shape[1], input.shape[2:])
-        _transposed(grad, weight, p, phi, q, lam, found[0], latent, mixed)
-    elif needs_factors:
-        _latents(grad, p, phi, True, latent, mixed)
-    if needs_factors:
-        gradients = _factor_gradients(input, grad, phi, q, latent, mixed, needs_factors)
-        found[2:5] = operands.narrow(gradients, blocks)
-    return found
+        needs_input, needs_factors = needs >> 1 & 1, needs >> 2 & 0b111
+        d_input, latents = _input_gradient(grad, input, None, p, phi, q, None, needs_input, needs_factors)
+        d_phi = _phi_gradient(input, q, latents) if needs & 0b1000 else None
+        d_p = _sum_of_rows(grad, latents.h) if needs & 0b100 else None
+        d_q = _sum_of_rows(input, latents.s) if needs & 0b10000 else None
+        d_p, d_phi, d_q = operands.narrow((d_p, d_phi, d_q), blocks)
+    return operands.returned((d_static, d_input, d_p, d_phi, d_q, d_lam), factors, needs, 2)
 
 
 def latent_moments(input: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,20 +253,89 @@ def _latents(
     product.run(image(input), None, left, phi, None, None, transpose=transpose, latent=latent, mixed=mixed)
 
 
-def _weight_gradients(
-    input: Tensor, grad: Tensor, weight: Tensor, lam: Tensor | None, needs_weight: int, needs_lam: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """dW0 (Co, Ci) = Σ λ⊙G xᵀ and dλ (N, Co) = rowsum(G xᵀ ⊙ W0), each if needed."""
-    if not (needs_weight or needs_lam):
-        return None, None
+class _Latents(NamedTuple):
+    """The latent images of a backward pass, (N, pixels, L) each; None where no gradient needs one."""
+
+    t: Tensor | None = None  # Pᵀ G
+    s: Tensor | None = None  # Φᵀ Pᵀ G
+    z: Tensor | None = None  # Qᵀ x
+    h: Tensor | None = None  # Φ Qᵀ x
+
+
+def _input_gradient(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    p: Tensor | None,
+    phi: Tensor | None,
+    q: Tensor | None,
+    lam: Tensor | None,
+    needs_input: int,
+    needs_factors: int,
+) -> tuple[Tensor | None, _Latents]:
+    """dX, and the latents that the gradients of p (bit 0), phi (bit 1) and q (bit 2) need."""
+    d_input = t = s = z = h = None
+    if needs_factors:
+        t, s = _empty_latents(input, phi.shape[1]), _empty_latents(input, phi.shape[2])
+    if needs_input:
+        d_input = empty_map(input, input.shape[1], input.shape[2:])
+        _transposed(grad, weight, p, phi, q, lam, d_input, t, s)
+    elif needs_factors:
+        _latents(grad, p, phi, True, t, s)
+    if needs_factors & 0b011:
+        h = _empty_latents(input, phi.shape[1])
+        z = None if q is None else _empty_latents(input, phi.shape[2])
+        _latents(input, q, phi, False, z, h)
+    return d_input, _Latents(t, s, z, h)
+
+
+def _phi_gradient(input: Tensor, q: Tensor | None, latents: _Latents) -> Tensor:
+    """dΦ_n = (PᵀG)(Qᵀx)ᵀ, (N, L, L) in float32."""
+    z = image(input) if q is None else _latent_image(latents.z)
+    return gradients.sample_sums(_latent_image(latents.t), z)
+
+
+def _parameter_gradients(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    lam: Tensor | None,
+    latents: _Latents,
+    needs_weight: bool,
+    needs_lam: bool,
+    needs_p: bool,
+    needs_q: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dW0 = Σ λ⊙G xᵀ, dλ = rowsum(G xᵀ ⊙ W0), dP = Σ G (ΦQᵀx)ᵀ, dQ = Σ x (ΦᵀPᵀG)ᵀ, each if needed."""
+    d_weight = d_lam = d_p = d_q = None
+    h, s = latents.h, latents.s
     if pixels_of(input) < SMALL_MAP:
-        return _small_weight_gradients(input, grad, weight, lam, needs_weight, needs_lam)
-    wanted = (bool(needs_weight), bool(needs_lam))
-    return gradients.sum_pixels(image(grad), image(input), lam=lam, weight=weight, wanted=wanted)
+        if needs_weight or needs_lam:
+            d_weight, d_lam = _small_weight_gradients(input, grad, weight, lam, needs_weight, needs_lam)
+    elif needs_weight or needs_lam:
+        fused = needs_weight and needs_p and needs_q and h.shape[2] <= gradients.WIDEST_FUSED
+        d_weight, d_p, d_q, d_lam = gradients.sum_pixels(
+            image(grad),
+            image(input),
+            weight.dtype,
+            lam=lam,
+            weight=weight,
+            h=h if fused else None,
+            s=s if fused else None,
+            wants_sums=needs_weight,
+            rows_dtype=lam.dtype if needs_lam else None,
+        )
+    if needs_p and d_p is None:
+        d_p = _sum_of_rows(grad, h)
+    if needs_q and d_q is None:
+        d_q = _sum_of_rows(input, s)
+    return d_weight, d_lam, d_p, d_q
 
 
-def _small_weight_gradients(input, grad, weight, lam, needs_weight, needs_lam):
-    """The same where a sample has a few pixels or one, as in a classifier: two plain matrix products."""
+def _small_weight_gradients(
+    input: Tensor, grad: Tensor, weight: Tensor, lam: Tensor | None, needs_weight: bool, needs_lam: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW0 and dλ where a sample has a few pixels or one, as in a classifier: two plain matrix products."""
     x, g = _rows(input), _rows(grad)
     pixels = pixels_of(input)
     d_weight = d_lam = None
@@ -298,31 +347,6 @@ def _small_weight_gradients(input, grad, weight, lam, needs_weight, needs_lam):
     return d_weight, d_lam
 
 
-def _factor_gradients(
-    input: Tensor,
-    grad: Tensor,
-    phi: Tensor,
-    q: Tensor | None,
-    latent: Tensor,
-    mixed: Tensor,
-    needs: int,
-) -> list[Tensor | None]:
-    """dP = Σ G (ΦQᵀx)ᵀ, dΦ_n = (PᵀG)(Qᵀx)ᵀ, dQ = Σ x (ΦᵀPᵀG)ᵀ; latent is PᵀG, mixed is ΦᵀPᵀG."""
-    d_p = d_phi = d_q = None
-    if needs & 0b011:
-        turned = _empty_latents(input, phi.shape[1])
-        projected = None if q is None else _empty_latents(input, phi.shape[2])
-        _latents(input, q, phi, False, projected, turned)
-    if needs & 0b001:
-        d_p = _sum_of_rows(grad, turned)
-    if needs & 0b010:
-        z = image(input) if q is None else _latent_image(projected)
-        d_phi, _ = gradients.sum_pixels(_latent_image(latent), z, each_sample=True)
-    if needs & 0b100:
-        d_q = _sum_of_rows(input, mixed)
-    return [d_p, d_phi, d_q]
-
-
 def _latent_image(latent: Tensor) -> Image:
     """(N, pixels, L) as an image (N, L, pixels)."""
     return Image(latent.transpose(1, 2), True, latent.stride(0), latent.stride(1))
@@ -332,7 +356,7 @@ def _sum_of_rows(tensor: Tensor, latent: Tensor) -> Tensor:
     """Σ_n,p tensor[n, :, p] latent[n, p, :]ᵀ, (C, L)."""
     if pixels_of(tensor) < SMALL_MAP:
         return _rows(tensor).t() @ latent.flatten(0, 1)
-    return gradients.sum_pixels(image(tensor), _latent_image(latent))[0]
+    return gradients.sum_pixels(image(tensor), _latent_image(latent), tensor.dtype).ab
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -4,31 +4,35 @@
 All of them are products A_n B_nᵀ over a sample's pixels: S_n = G xᵀ gives dW0 = Σ λ⊙S and dλ = rowsum(S⊙W0);
 with h = ΦQᵀx and s = ΦᵀPᵀG, which product.py stores, dP = Σ G hᵀ and dQ = Σ x sᵀ; dΦ_n = (PᵀG)(Qᵀx)ᵀ.
 S_n never leaves the chip. A program owns one tile and a run of samples; the runs' sums are float32 and are
-added in a fixed order afterwards, so that the same inputs always give the same bits.
+added in a fixed order by `add_runs`, so that the same inputs always give the same bits.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.fakes import empty_map
 from . import precision
-from .launch import Image, image, image_arguments, launch, padded, pixels_of, unit
-from .tile import load_columns, offsets
+from .launch import Image, image_arguments, launch, padded, pixels_of, unit
+from .tile import offsets
 from .tuning import Config, bucket, choose, fitting
 
 CONFIGS = (
     Config(64, 64, 64, 4, 3),
+    Config(64, 128, 64, 8, 3),
+    Config(128, 64, 64, 8, 3),
     Config(64, 32, 64, 4, 3),
     Config(32, 64, 64, 4, 3),
     Config(64, 16, 64, 4, 3),
     Config(16, 64, 64, 4, 3),
     Config(16, 16, 64, 4, 3),
 )
-_SCALE_TILE = (64, 64)
+WIDEST_FUSED = 16  # latent channels up to which dP and dQ ride along with dW0 for less than reading again
+_BLOCK = 256  # of add_runs
 _PROGRAMS = 264  # two for each multiprocessor of an H200: what a split of a sum over samples aims at
 
 
@@ -38,10 +42,13 @@ def pixel_sums(
     b,  # (N, B, pixels)
     lam,  # (N, A): scales each sample's sum; or None
     weight,  # (A, B): W0, for dλ
-    ab,  # (splits, A, B) float32: stores Σ_n λ_n ⊙ A_n B_nᵀ over a run's samples
-    ab_lam,  # (B tiles, N, A) float32: stores rowsum(A_n B_nᵀ ⊙ weight) over a tile's columns
+    h,  # (N, pixels, L), where FUSED
+    s,  # (N, pixels, L), where FUSED
+    runs,  # (runs, A·B [+ A·L + B·L]) float32: stores Σ λ_n ⊙ A_n B_nᵀ [, Σ A_n h_nᵀ, Σ B_n s_nᵀ] of a run
+    rows,  # (B tiles, N, A) float32: stores rowsum(A_n B_nᵀ ⊙ weight) over a tile's columns
     batch,
     samples,  # of a run
+    run_size,
     pixel_units,
     a_units,
     b_units,
@@ -56,6 +63,9 @@ def pixel_sums(
     A_LAST: tl.constexpr,
     B_UNIT: tl.constexpr,
     B_LAST: tl.constexpr,
+    FUSED: tl.constexpr,
+    L: tl.constexpr,
+    L_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -68,18 +78,23 @@ def pixel_sums(
     b_tile = tl.program_id(0) % b_tiles
     a_tiles = tl.cdiv(a_channels, BLOCK_A)
     a_tile = tl.program_id(0) // b_tiles % a_tiles
-    split = tl.program_id(0) // b_tiles // a_tiles
+    run = tl.program_id(0) // b_tiles // a_tiles
     i = a_tile * BLOCK_A + tl.arange(0, BLOCK_A)
     j = b_tile * BLOCK_B + tl.arange(0, BLOCK_B)
     in_i = i < a_channels
     in_j = j < b_channels
     in_ij = in_i[:, None] & in_j[None, :]
+    latents = tl.arange(0, L_PADDED)
+    in_latents = latents < L
 
-    per_sample: tl.constexpr = lam is not None or ab_lam is not None
+    per_sample: tl.constexpr = lam is not None or rows is not None
     acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     if per_sample:
         own = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-    first = split * samples
+    if FUSED:
+        acc_h = tl.zeros((BLOCK_A, L_PADDED), tl.float32)
+        acc_s = tl.zeros((BLOCK_B, L_PADDED), tl.float32)
+    first = run * samples
     last = tl.minimum(first + samples, batch)
     tiles = tl.cdiv(pixels, BLOCK_P)
     # one loop over samples and tiles, so that the next sample's loads start under this one's products
@@ -92,176 +107,238 @@ def pixel_sums(
         b_at = n * (b_sample * B_UNIT) + offsets(p, j, b_step, B_UNIT, B_LAST)
         left = tl.load(a + a_at, mask=in_i[:, None] & in_p[None, :], other=0.0)
         right = tl.load(b + b_at, mask=in_p[:, None] & in_j[None, :], other=0.0)
+        if FUSED:
+            l_at = (n * pixels + p)[:, None] * L + latents[None, :]
+            in_l = in_p[:, None] & in_latents[None, :]
+            h_tile = tl.load(h + l_at, mask=in_l, other=0.0)
+            s_tile = tl.load(s + l_at, mask=in_l, other=0.0)
+            acc_h = tl.dot(left, h_tile, acc_h, input_precision=PRECISION)
+            acc_s = tl.dot(tl.trans(right), s_tile, acc_s, input_precision=PRECISION)
         if per_sample:
             own = tl.dot(left, right, own, input_precision=PRECISION)
-        else:
-            acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        if per_sample:
             if tile == tiles - 1:
                 if lam is not None:
                     scale = tl.load(lam + n * a_channels + i, mask=in_i, other=0.0).to(tl.float32)
                     acc += own * scale[:, None]
                 else:
                     acc += own
-                if ab_lam is not None:
+                if rows is not None:
                     w_at = i[:, None] * b_channels + j[None, :]
                     w = tl.load(weight + w_at, mask=in_ij, other=0.0).to(tl.float32)
                     row = tl.sum(own * w, 1)
-                    tl.store(ab_lam + (b_tile * batch + n) * a_channels + i, row, mask=in_i)
+                    tl.store(rows + (b_tile * batch + n) * a_channels + i, row, mask=in_i)
                 own = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        else:
+            acc = tl.dot(left, right, acc, input_precision=PRECISION)
 
-    if ab is not None:
-        ab_at = split.to(tl.int64) * a_channels * b_channels + i[:, None] * b_channels + j[None, :]
-        tl.store(ab + ab_at, acc, mask=in_ij)
+    if runs is not None:
+        into = runs + run.to(tl.int64) * run_size
+        tl.store(into + i[:, None] * b_channels + j[None, :], acc, mask=in_ij)
+        if FUSED:
+            # all programs of a row of tiles have the same sums with h, all of a column those with s
+            into += a_channels * b_channels
+            if b_tile == 0:
+                h_at = i[:, None] * L + latents[None, :]
+                tl.store(into + h_at, acc_h, mask=in_i[:, None] & in_latents[None, :])
+            into += a_channels * L
+            if a_tile == 0:
+                s_at = j[:, None] * L + latents[None, :]
+                tl.store(into + s_at, acc_s, mask=in_j[:, None] & in_latents[None, :])
 
 
 @triton.jit
-def scale_gradients(
-    grad,  # (N, C, pixels)
-    static,  # (N, C, pixels)
-    lam,  # (N, C)
-    d_static,  # (N, C, pixels): stores λ⊙G, or None
-    d_lam,  # (N, C) float32: stores Σ_p G⊙static, or None
-    pixel_units,
-    channel_units,
-    grad_sample,
-    grad_step,
-    static_sample,
-    static_step,
-    out_sample,
-    out_step,
-    PIXEL_UNIT: tl.constexpr,
-    CHANNEL_UNIT: tl.constexpr,
-    GRAD_UNIT: tl.constexpr,
-    GRAD_LAST: tl.constexpr,
-    STATIC_UNIT: tl.constexpr,
-    STATIC_LAST: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    OUT_LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def add_runs(
+    runs,  # (count, size) float32
+    rows,  # (row_count, row_size) float32, or None
+    first,  # (first_size,): stores the sums of the first columns
+    second,  # (second_size,): of the next columns, or None
+    third,  # (size - first_size - second_size,): of the rest, or None
+    row_sums,  # (row_size,): stores the sums of rows, or None
+    count,
+    size,
+    first_size,
+    second_size,
+    row_count,
+    row_size,
+    BLOCK: tl.constexpr,
 ):
-    """Gradients of λ⊙static, for `apply`: one pass over both images."""
-    pixels = pixel_units * PIXEL_UNIT
-    channels = channel_units * CHANNEL_UNIT
-    tiles = tl.cdiv(channels, BLOCK_N)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_cols = cols < channels
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    if d_static is not None:
-        scale = load_columns(lam + n * channels, cols, in_cols)
-    for start in range(0, pixels, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        inside = (rows < pixels)[:, None] & in_cols[None, :]
-        g_at = n * (grad_sample * GRAD_UNIT) + offsets(rows, cols, grad_step, GRAD_UNIT, GRAD_LAST)
-        g = tl.load(grad + g_at, mask=inside, other=0.0).to(tl.float32)
-        if d_lam is not None:
-            y_at = n * (static_sample * STATIC_UNIT) + offsets(
-                rows, cols, static_step, STATIC_UNIT, STATIC_LAST
+    """Adds up what the programs of `pixel_sums` left, in their order, and rounds once."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if runs is not None:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for run in range(count):
+            total += tl.load(runs + tl.full((), size, tl.int64) * run + at, mask=at < size, other=0.0)
+        tl.store(first + at, total.to(first.dtype.element_ty), mask=at < first_size)
+        if second is not None:
+            end = first_size + second_size
+            inside = (at >= first_size) & (at < end)
+            tl.store(second + at - first_size, total.to(second.dtype.element_ty), mask=inside)
+            tl.store(third + at - end, total.to(third.dtype.element_ty), mask=(at >= end) & (at < size))
+    if rows is not None:
+        row_total = tl.zeros((BLOCK,), tl.float32)
+        for row in range(row_count):
+            row_total += tl.load(
+                rows + tl.full((), row_size, tl.int64) * row + at, mask=at < row_size, other=0.0
             )
-            total += tl.sum(g * tl.load(static + y_at, mask=inside, other=0.0).to(tl.float32), 0)
-        if d_static is not None:
-            out_at = n * (out_sample * OUT_UNIT) + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
-            tl.store(d_static + out_at, (g * scale).to(d_static.dtype.element_ty), mask=inside)
-    if d_lam is not None:
-        tl.store(d_lam + n * channels + cols, total, mask=in_cols)
+        tl.store(row_sums + at, row_total.to(row_sums.dtype.element_ty), mask=at < row_size)
+
+
+class Sums(NamedTuple):
+    """What `sum_pixels` found; None for what was not asked for."""
+
+    ab: Tensor | None  # (A, B) Σ_n λ_n ⊙ A_n B_nᵀ
+    ah: Tensor | None  # (A, L) Σ_n A_n h_nᵀ
+    bs: Tensor | None  # (B, L) Σ_n B_n s_nᵀ
+    rows: Tensor | None  # (N, A) rowsum(A_n B_nᵀ ⊙ weight)
 
 
 def sum_pixels(
     a: Image,
     b: Image,
+    dtype: torch.dtype,
     *,
     lam: Tensor | None = None,
     weight: Tensor | None = None,
-    wanted: tuple[bool, bool] = (True, False),
-    each_sample: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Σ_n λ_n ⊙ A_n B_nᵀ and rowsum(A_n B_nᵀ ⊙ weight) in float32; the first not summed if each_sample."""
+    h: Tensor | None = None,
+    s: Tensor | None = None,
+    wants_sums: bool = True,
+    rows_dtype: torch.dtype | None = None,
+) -> Sums:
+    """Sums over all samples' pixels, in ``dtype``, and the rows' in ``rows_dtype`` where that is given."""
+    batch, a_channels = a.tensor.shape[:2]
+    b_channels = b.tensor.shape[1]
+    made = a.tensor.new_empty
+    ab = ah = bs = rows = None
+    if wants_sums:
+        ab = made((a_channels, b_channels), dtype=dtype)
+    if h is not None:
+        ah, bs = (made((channels, h.shape[2]), dtype=dtype) for channels in (a_channels, b_channels))
+    if rows_dtype is not None:
+        rows = made((batch, a_channels), dtype=rows_dtype)
+
+    def start(config: Config) -> None:
+        tiles = -(-a_channels // config.block_m) * -(-b_channels // config.block_n)
+        samples = -(-batch // max(1, min(batch, _PROGRAMS // tiles)))
+        runs = row_runs = None
+        if wants_sums:
+            size = sum(t.numel() for t in (ab, ah, bs) if t is not None)
+            runs = made((-(-batch // samples), size), dtype=torch.float32)
+        if rows is not None:
+            row_runs = made((-(-b_channels // config.block_n), rows.numel()), dtype=torch.float32)
+        scaled = lam if wants_sums else None
+        _pixel_sums(a, b, config, samples, runs, row_runs, scaled, weight, h, s)
+        _add_runs(runs, row_runs, ab, ah, bs, rows)
+
+    choice = (lam is not None, wants_sums, rows is not None)
+    start(_choose(a, b, start, 0 if h is None else h.shape[2], *choice))
+    return Sums(ab, ah, bs, rows)
+
+
+def sample_sums(a: Image, b: Image) -> Tensor:
+    """(N, A, B) float32: A_n B_nᵀ of every sample; for dΦ, where A and B are latent channels."""
+    batch, a_channels = a.tensor.shape[:2]
+    b_channels = b.tensor.shape[1]
+    out = a.tensor.new_empty((batch, a_channels, b_channels), dtype=torch.float32)
+
+    def start(config: Config) -> None:
+        _pixel_sums(a, b, config, 1, out.flatten(1), None, None, None, None, None)
+
+    start(_choose(a, b, start, 0, False, True, False))
+    return out
+
+
+def _choose(a: Image, b: Image, start, latent: int, *choice: bool) -> Config:
+    (batch, a_channels), b_channels = a.tensor.shape[:2], b.tensor.shape[1]
+    pixels = pixels_of(a.tensor)
+    key = (
+        *(
+            str(a.tensor.dtype)[6:],
+            a_channels,
+            b_channels,
+            latent,
+            bucket(batch),
+            bucket(pixels),
+            unit(pixels),
+        ),
+        *(int(a.last), int(b.last), *map(int, choice)),
+    )
+    return choose("pixel_sums", key, fitting(CONFIGS, a_channels, b_channels, CONFIGS[0].block_k), start)
+
+
+def _pixel_sums(
+    a: Image,
+    b: Image,
+    config: Config,
+    samples: int,
+    runs: Tensor | None,
+    rows: Tensor | None,
+    lam: Tensor | None,
+    weight: Tensor | None,
+    h: Tensor | None,
+    s: Tensor | None,
+) -> None:
     batch, a_channels = a.tensor.shape[:2]
     b_channels, pixels = b.tensor.shape[1], pixels_of(a.tensor)
     strides, constants = image_arguments(a=a, b=b)
     pixel_unit, a_unit, b_unit = unit(pixels), unit(a_channels), unit(b_channels)
-    lam = None if lam is None else lam.contiguous()
-    results: list[Tensor | None] = [None, None]
-
-    def start(config: Config) -> None:
-        block_a, block_b, block_p, num_warps, num_stages = config
-        block_p = min(block_p, padded(pixels))
-        if a.tensor.dtype == torch.float32:
-            block_p = min(block_p, 32)
-        b_tiles = -(-b_channels // block_b)
-        tiles = -(-a_channels // block_a) * b_tiles
-        splits = batch if each_sample else max(1, min(batch, _PROGRAMS // tiles))
-        samples = -(-batch // splits)
-        splits = -(-batch // samples)
-        made = a.tensor.new_empty
-        if wanted[0]:
-            results[0] = made((splits, a_channels, b_channels), dtype=torch.float32)
-        if wanted[1]:
-            results[1] = made((b_tiles, batch, a_channels), dtype=torch.float32)
-        arguments = {
-            "a": a.tensor,
-            "b": b.tensor,
-            "lam": lam if wanted[0] else None,
-            "weight": weight.contiguous() if wanted[1] else None,
-            "ab": results[0],
-            "ab_lam": results[1],
-            "batch": batch,
-            "samples": samples,
-            "pixel_units": pixels // pixel_unit,
-            "a_units": a_channels // a_unit,
-            "b_units": b_channels // b_unit,
-            **strides,
-            "PIXEL_UNIT": pixel_unit,
-            "A_CHANNEL_UNIT": a_unit,
-            "B_CHANNEL_UNIT": b_unit,
-            **constants,
-            "PRECISION": precision.of_products(a.tensor),
-            "BLOCK_A": block_a,
-            "BLOCK_B": block_b,
-            "BLOCK_P": block_p,
-        }
-        launch(pixel_sums, (tiles * splits,), arguments, num_warps, num_stages)
-
-    key = (
-        *(str(a.tensor.dtype)[6:], a_channels, b_channels, bucket(batch), bucket(pixels), pixel_unit),
-        *(int(a.last), int(b.last), *map(int, wanted), int(lam is not None), int(each_sample)),
-    )
-    start(choose("pixel_sums", key, fitting(CONFIGS, a_channels, b_channels, CONFIGS[0].block_k), start))
-    summed, scaled = results
-    if summed is not None and not each_sample:
-        summed = summed.sum(0)
-    return summed, None if scaled is None else scaled.sum(0)
-
-
-def static_gradients(
-    grad: Tensor, static: Tensor, lam: Tensor, needs_static: int, needs_lam: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """(λ⊙G in the layout of static, Σ_p G⊙static (N, C) float32), each if needed."""
-    batch, channels = static.shape[:2]
-    pixels = pixels_of(static)
-    d_static = empty_map(static, channels, static.shape[2:]) if needs_static else None
-    d_lam = static.new_empty((batch, channels), dtype=torch.float32) if needs_lam else None
-    g, y = image(grad), image(static)
-    out = None if d_static is None else image(d_static)
-    strides, constants = image_arguments(grad=g, static=y, out=out)
-    pixel_unit, channel_unit = unit(pixels), unit(channels)
-    block_m, block_n = _SCALE_TILE
+    block_a, block_b, block_p, num_warps, num_stages = config
+    # a tile in float32 takes twice the shared memory
+    block_p = min(block_p, padded(pixels), 32 if a.tensor.dtype == torch.float32 else block_p)
+    latent = 1 if h is None else h.shape[2]
     arguments = {
-        "grad": g.tensor,
-        "static": y.tensor if needs_lam else None,
-        "lam": lam.contiguous() if needs_static else None,
-        "d_static": d_static,
-        "d_lam": d_lam,
+        "a": a.tensor,
+        "b": b.tensor,
+        "lam": None if lam is None else lam.contiguous(),
+        "weight": None if rows is None else weight.contiguous(),
+        "h": h,
+        "s": s,
+        "runs": runs,
+        "rows": rows,
+        "batch": batch,
+        "samples": samples,
+        "run_size": 0 if runs is None else runs.shape[1],
         "pixel_units": pixels // pixel_unit,
-        "channel_units": channels // channel_unit,
+        "a_units": a_channels // a_unit,
+        "b_units": b_channels // b_unit,
         **strides,
         "PIXEL_UNIT": pixel_unit,
-        "CHANNEL_UNIT": channel_unit,
+        "A_CHANNEL_UNIT": a_unit,
+        "B_CHANNEL_UNIT": b_unit,
         **constants,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "FUSED": h is not None,
+        "L": latent,
+        "L_PADDED": padded(latent),
+        "PRECISION": precision.of_products(a.tensor),
+        "BLOCK_A": block_a,
+        "BLOCK_B": block_b,
+        "BLOCK_P": block_p,
     }
-    launch(scale_gradients, (batch * -(-channels // block_n),), arguments, 4, 2)
-    return d_static, d_lam
+    tiles = -(-a_channels // block_a) * -(-b_channels // block_b)
+    launch(pixel_sums, (tiles * -(-batch // samples),), arguments, num_warps, num_stages)
+
+
+def _add_runs(
+    runs: Tensor | None,
+    rows: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    row_sums: Tensor | None,
+) -> None:
+    arguments = {
+        "runs": runs,
+        "rows": rows,
+        "first": first,
+        "second": second,
+        "third": third,
+        "row_sums": row_sums,
+        "count": 0 if runs is None else runs.shape[0],
+        "size": 0 if runs is None else runs.shape[1],
+        "first_size": 0 if first is None else first.numel(),
+        "second_size": 0 if second is None else second.numel(),
+        "row_count": 0 if rows is None else rows.shape[0],
+        "row_size": 0 if rows is None else rows.shape[1],
+        "BLOCK": _BLOCK,
+    }
+    widest = max(partial.shape[1] for partial in (runs, rows) if partial is not None)
+    launch(add_runs, (-(-widest // _BLOCK),), arguments, 4, 1)

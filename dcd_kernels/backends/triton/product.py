@@ -43,8 +43,9 @@ CONFIGS = (
     Config(16, 16, 64, 4, 3),
     Config(16, 16, 16, 4, 3),
 )
-# λ⊙G is a second copy of the tile in registers: wide tiles would spill
-_SCALED_CONFIGS = tuple(c for c in CONFIGS if c.block_m * c.block_n <= 1024 * c.num_warps)
+_SMALLEST = (
+    32  # pixels from which λ on the reduction axis is worth a tile of one sample alone, see the kernel
+)
 _WASTE = 1.1  # tiles may overhang the maps by this much before they run on from sample to sample
 
 
@@ -98,7 +99,6 @@ def product(
     PRECISION: tl.constexpr,  # of float32 products with an image
     LATENT_PRECISION: tl.constexpr,  # of Φ, which stays float32 beside half-precision images
     FLAT: tl.constexpr,  # tiles run on from sample to sample
-    PAIRS: tl.constexpr,  # and touch two samples at most
     EVEN_IN: tl.constexpr,
     EVEN_OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -155,20 +155,17 @@ def product(
                 else:
                     w_at = cols[None, :] * in_channels + k[:, None]
                 w_tile = tl.load(weight + w_at, mask=in_k[:, None] & (in_cols | EVEN_OUT)[None, :], other=0.0)
+                scaled = x_tile
                 if LAM == 2:
-                    if PAIRS:
-                        low = tl.load(lam + first * in_channels + k, mask=in_k, other=0.0)[None, :]
-                        high = tl.load(lam + last * in_channels + k, mask=in_k, other=0.0)[None, :]
-                        scale = tl.where((sample == first)[:, None], low, high)
-                    elif FLAT:
+                    if FLAT:
                         lam_at = sample[:, None] * in_channels + k[None, :]
-                        scale = tl.load(lam + lam_at, mask=in_k[None, :], other=0.0)
+                        scale = tl.load(lam + lam_at, mask=in_k[None, :], other=0.0).to(tl.float32)
+                        scaled = (x_tile.to(tl.float32) * scale).to(x_tile.dtype)
                     else:
-                        scale = tl.load(lam + first * in_channels + k, mask=in_k, other=0.0)[None, :]
-                    scaled = (x_tile.to(tl.float32) * scale.to(tl.float32)).to(x_tile.dtype)
-                    acc = tl.dot(scaled, w_tile, acc, input_precision=PRECISION)
-                else:
-                    acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+                        # x stays as it was copied to shared memory, where both products read it
+                        scale = tl.load(lam + first * in_channels + k, mask=in_k, other=0.0).to(tl.float32)
+                        w_tile = (w_tile.to(tl.float32) * scale[:, None]).to(w_tile.dtype)
+                acc = tl.dot(scaled, w_tile, acc, input_precision=PRECISION)
             if projects:
                 l_at = k[:, None] * L_IN + latents[None, :]
                 l_tile = tl.load(left + l_at, mask=in_k[:, None] & (latents < L_IN)[None, :], other=0.0)
@@ -301,7 +298,8 @@ def run(
         block_m, block_n, block_k, num_warps, num_stages = config
         # a tile in float32 takes twice the shared memory
         block_k = block_k if half else min(block_k, 32)
-        flat = not pooled and -(-pixels // block_m) * block_m > _WASTE * pixels
+        wasteful = -(-pixels // block_m) * block_m > _WASTE * pixels
+        flat = wasteful and not pooled and (scales != LAM_ON_INPUT or pixels < _SMALLEST)
         rows = -(-batch * pixels // block_m) if flat else batch * -(-pixels // block_m)
         if pooled:
             sums[0] = input.new_empty((batch, rows // batch, out_channels), dtype=torch.float32)
@@ -340,7 +338,6 @@ def run(
             "PRECISION": precision.of_products(input),
             "LATENT_PRECISION": precision.of_latents(input),
             "FLAT": flat,
-            "PAIRS": flat and pixels >= block_m,
             "EVEN_IN": in_channels % block_k == 0,
             "EVEN_OUT": out_channels % block_n == 0,
             "BLOCK_M": block_m,
@@ -353,6 +350,7 @@ def run(
         *(str(input.dtype)[6:], in_channels, out_channels, l_in, l_out, static, scales, int(transpose)),
         *(int(x.last), bucket(batch * pixels), pixel_unit, int(pooled), int(y is None)),
     )
-    candidates = CONFIGS if scales != LAM_ON_INPUT else _SCALED_CONFIGS
-    start(choose("product", key, fitting(candidates, batch * pixels, out_channels, in_channels), start))
+    alone = pooled or (scales == LAM_ON_INPUT and pixels >= _SMALLEST)
+    rows = bucket(pixels) if alone else batch * pixels
+    start(choose("product", key, fitting(CONFIGS, rows, out_channels, in_channels), start))
     return sums[0]
