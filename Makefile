@@ -16,7 +16,8 @@ PYTEST_ARGS ?=
 # torch comes first and by its exact version: a plain requirement would let the build pull in another one
 TORCH := torch==2.13.0
 BUILD_TOOLS := setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 pybind11==3.1.0 numpy==2.4.6
-TEST_TOOLS := hypothesis==6.170.15
+# Triton runs in its interpreter and compiles for GPUs that are not there
+TEST_TOOLS := hypothesis==6.170.15 triton==3.9.0
 LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5
 # the system's CMake, if there is one that is new enough
 CMAKE_TOOL = $(shell cmake --version 2>/dev/null | grep -qE 'version (3\.(2[5-9]|[3-9][0-9])|[4-9])' || echo cmake)
@@ -34,6 +35,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q -m "not full" $(PYTEST_ARGS)
+	$(INTERPRETED) -m "not full" $(PYTEST_ARGS)
+
+# the Triton kernels on the CPU, in a process of its own: what is interpreted cannot be compiled
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton_kernels/interpreted
 
 bench: install
 	$(BIN)/python -m dcd_kernels bench $(BENCH_ARGS)
@@ -84,6 +89,7 @@ $(SANITIZED)/.built: $(VENV)/.installed $(wildcard dcd_kernels/*.py dcd_kernels/
 
 test-full: install $(SANITIZED)/.built
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(INTERPRETED) $(PYTEST_ARGS)
 	$(SANITIZED_RUN) $(BIN)/python -P -c "from dcd_kernels import _core; assert _core.build_info()['sanitizers'], _core"
 	$(SANITIZED_RUN) $(BIN)/pytest -q $(PYTEST_ARGS) -k "not compile" $(SANITIZED_TESTS)
 

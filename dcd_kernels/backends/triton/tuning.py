@@ -8,6 +8,7 @@ Environment: ``DCD_KERNELS_TUNE=0`` measures nothing and takes each kernel's fir
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -64,11 +65,13 @@ def choose(kernel: str, key: tuple, candidates: Sequence[Config], run: Callable[
 
 
 def fitting(candidates: Sequence[Config], m: int, n: int, k: int) -> list[Config]:
-    """The largest three of the candidates that are no wider in any direction than what they cover."""
+    """The largest three of the candidates that are no wider in any direction than what they cover.
+
+    Beyond the first candidate's size a larger tile is worth a trial, but not a first choice.
+    """
     widest = [max(16, bucket(size)) for size in (m, n, k)]
     fits = [c for c in candidates if all(own <= most for own, most in zip(c[:3], widest, strict=True))]
-    # beyond 128 × 64 × 64 a larger tile is worth a trial, not a first choice
-    return sorted(fits, key=lambda c: -min(c.block_m, 128) * min(c.block_n, 64) * min(c.block_k, 64))[:_TRIED]
+    return sorted(fits, key=lambda c: -math.prod(map(min, c[:3], candidates[0][:3])))[:_TRIED]
 
 
 def bucket(count: int) -> int:
