@@ -49,9 +49,9 @@ DCD_BODY void load_tile(const Tiling& t, const Image& image, int64_t n, int chan
     if (t.vector == most)
         copy_pieces<T, LAST, most>(t, image, n, channels, first_channel, first_row, first_column, thread,
                                    tile);
-    else if (!LAST && most > 4 && t.vector == 4)
+    else if (most > 4 && t.vector == 4)
         copy_pieces<T, LAST, 4>(t, image, n, channels, first_channel, first_row, first_column, thread, tile);
-    else if (!LAST && t.vector == 2)
+    else if (t.vector == 2)
         copy_pieces<T, LAST, 2>(t, image, n, channels, first_channel, first_row, first_column, thread, tile);
     else
         copy_pieces<T, LAST, 1>(t, image, n, channels, first_channel, first_row, first_column, thread, tile);

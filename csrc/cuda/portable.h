@@ -61,6 +61,8 @@ struct alignas(sizeof(T) * N) Pack {
 // written.
 void check_read(const void* from, size_t bytes);
 void check_write(const void* to, size_t bytes);
+// A phase in which the order of the threads matters is a race on the GPU.
+extern bool last_thread_first;
 #endif
 
 template <class V>
@@ -167,7 +169,10 @@ struct Team {
     State state[THREADS];
     template <class F>
     void each(const F& f) {
-        for (int thread = 0; thread < THREADS; ++thread) f(thread, state[thread]);
+        for (int i = 0; i < THREADS; ++i) {
+            const int thread = last_thread_first ? THREADS - 1 - i : i;
+            f(thread, state[thread]);
+        }
     }
 #endif
 };
