@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcd_kernels.backends import branch as kernels
 from dcd_kernels.nn.latent import squeeze_channels as default_squeeze_channels
 
 
@@ -95,6 +96,13 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
     return F.linear(input, layer.weight.to(input.dtype), bias)
 
 
+def _is_plain(layer: nn.Linear | None) -> bool:
+    """Whether the product with the weight is all that calling ``layer`` does."""
+    return layer is None or (
+        type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    )
+
+
 class DynamicBranch(nn.Module):
     """Pool → FC → activation or gate → FC into the logits of λ and Φ.
 
@@ -105,7 +113,8 @@ class DynamicBranch(nn.Module):
         λ = lam_activation(logits)
 
     The whole branch is computed in fp32 where the input is fp16 or bf16, under autocast too, and so are the
-    coefficients it returns; float64 stays float64. A fresh branch gives λ near 1 and Φ near 0.
+    coefficients it returns; float64 stays float64. A fresh branch gives λ near 1 and Φ near 0. On a GPU it is
+    two kernels, one where the input's producer summed it up (:meth:`runs_fused` says whether, and why not).
 
     Args:
         in_channels: channels of the tensor that the coefficients are computed from.
@@ -127,10 +136,14 @@ class DynamicBranch(nn.Module):
     Shapes:
         input ``(N, in_channels, *spatial)`` of any rank ≥ 2 (a tuple as ``pool_size`` fixes the number of
         spatial dimensions) → ``(lam (N, lam_channels) or None, phi (N, *phi_shape) or None)``.
+        sums, optional: what the producer of the input knows of it already, its sums over the pixels,
+        ``(N, in_channels)``, or ``(N, T, in_channels)`` over T groups of pixels; fp32 (float64 for float64).
+        The input is then not read. Only without ``pool_size``.
 
     Raises:
-        ValueError: options out of range or unknown, a branch with nothing to compute, or input of the wrong
-            rank or channels.
+        ValueError: options out of range or unknown, a branch with nothing to compute, or input or sums of the
+            wrong rank or channels, or sums where they cannot be used.
+        TypeError: sums of another dtype.
     """
 
     def __init__(
@@ -232,7 +245,18 @@ class DynamicBranch(nn.Module):
             if self.expand.bias is not None:
                 self.expand.bias.zero_()
 
-    def forward(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def runs_fused(self, input: Tensor) -> tuple[bool, str]:
+        """Whether ``forward(input)`` runs as the CUDA kernels of ``dcd_kernels.ops.branch``, and why not."""
+        if self.pool_size is not None:
+            return False, f"pool_size={self.pool_size}, these kernels pool to one number a channel"
+        if self.dropout and self.training:
+            return False, "dropout in training"
+        if not (_is_plain(self.squeeze) and _is_plain(self.gate) and _is_plain(self.expand)):
+            return False, "an FC has hooks or is another class than nn.Linear"
+        gate = () if self.gate is None else (self.gate.weight,)
+        return kernels.can_run(input, self.squeeze.weight, self.expand.weight, *gate)
+
+    def forward(self, input: Tensor, sums: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         if input.dim() < 2 or input.shape[1] != self.in_channels:
             raise ValueError(
                 f"input of the branch must have shape (N, {self.in_channels}, *spatial), "
@@ -243,8 +267,16 @@ class DynamicBranch(nn.Module):
                 f"input of the branch must have {len(self.pool_size)} spatial dimensions for "
                 f"pool_size={self.pool_size}, got shape {tuple(input.shape)}"
             )
+        if sums is not None:
+            sums = self._checked_sums(input, sums)
         with _without_autocast(input.device.type):
-            hidden = _linear(self.squeeze, _pool(input, self.pool_size))
+            if self.runs_fused(input)[0]:
+                return self._fused(input, sums)
+            if sums is None:
+                pooled = _pool(input, self.pool_size)
+            else:
+                pooled = sums.sum(1, dtype=_accumulator(input)) / input.shape[2:].numel()
+            hidden = _linear(self.squeeze, pooled)
             if self.gate is not None:
                 hidden = hidden * _hardsigmoid2(_linear(self.gate, hidden))
             else:
@@ -258,6 +290,48 @@ class DynamicBranch(nn.Module):
             if self.phi_shape is not None:
                 phi = logits[:, self.lam_channels :].unflatten(1, self.phi_shape)
         return lam, phi
+
+    def _checked_sums(self, input: Tensor, sums: Tensor) -> Tensor:
+        """``sums`` as (N, T, C)."""
+        batch = input.shape[0]
+        if self.pool_size is not None or input.dim() < 3:
+            raise ValueError(
+                f"sums must not be given for pool_size={self.pool_size} and input of shape "
+                f"{tuple(input.shape)}: they are sums over all pixels of a channel"
+            )
+        shape = tuple(sums.shape)
+        if sums.dim() not in (2, 3) or (shape[0], shape[-1]) != (batch, self.in_channels):
+            raise ValueError(
+                f"sums must have shape (N, C) or (N, T, C), here ({batch}, {self.in_channels}) or "
+                f"({batch}, T, {self.in_channels}), got {shape}"
+            )
+        if sums.dtype != _accumulator(input):
+            raise TypeError(
+                f"sums must be {_accumulator(input)} beside input of {input.dtype}, got {sums.dtype}"
+            )
+        return sums.unsqueeze(1) if sums.dim() == 2 else sums
+
+    def _fused(self, input: Tensor, sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        from dcd_kernels.ops import branch as ops  # only there with the compiled extension
+
+        gate = self.gate
+        lam, phi = ops.branch(
+            ops.channel_sums(input) if sums is None else sums,
+            1.0 / input.shape[2:].numel(),
+            self.squeeze.weight,
+            self.squeeze.bias,
+            None if gate is None else gate.weight,
+            None if gate is None else gate.bias,
+            self.expand.weight,
+            self.expand.bias,
+            self.lam_channels,
+            ops.GATES.index(self.gate_name),
+            ops.LAM_ACTIVATIONS.index(self.lam_activation),
+        )
+        return (
+            lam if self.lam_channels else None,
+            None if self.phi_shape is None else phi.unflatten(1, self.phi_shape),
+        )
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, lam_channels={self.lam_channels}, phi_shape={self.phi_shape}"

@@ -14,28 +14,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backends import triton
-from . import autocast, autograd, fakes, moments
+from . import autocast, autograd, branch, fakes, moments
+from .calls import call
 
 __all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_pooled"]
-
-_NAMES = ("pointwise", "pointwise_pooled", "apply", "depthwise", "latent_moments")
-
-
-def _require_extension() -> None:
-    missing = [name for name in _NAMES if not hasattr(torch.ops.dcd_kernels, name)]
-    if missing:
-        from dcd_kernels import extension
-
-        raise ImportError(
-            f"dcd_kernels.ops cannot be imported: {extension.REASON}. "
-            "dcd_kernels.reference serves every form without it."
-        )
-
-
-_require_extension()
 
 _pointwise = torch.ops.dcd_kernels.pointwise.default
 _apply = torch.ops.dcd_kernels.apply.default
@@ -63,6 +47,7 @@ _pooled = torch.ops.dcd_kernels.pointwise_pooled.default
 _library.impl(_pooled, _pooled_on_cpu, "CPU")
 fakes.register(_library)
 moments.register(_library)
+branch.register(_library)
 autocast.register(_library, [*(form.forward for form in _FORMS), _pooled, moments.OP])
 _pointwise_function, _apply_function, _depthwise_function = (
     autograd.register(_library, form) for form in _FORMS
@@ -70,33 +55,6 @@ _pointwise_function, _apply_function, _depthwise_function = (
 _pooled_function = autograd.register_op(_library, _pooled, autograd.make_pooled_formula(_FORMS[0]))
 _moments_function = autograd.register_op(_library, moments.OP, moments.FORMULA)
 triton.register(_library)
-
-
-# Bound once: half of the time of the checks below would go into finding what they call.
-_is_compiling = torch.compiler.is_compiling
-_is_transformed = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
-_is_grad_enabled = torch.is_grad_enabled
-_any_requires_grad = torch._C._any_requires_grad
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
-def _call(op, function, *args):
-    """`op(*args)`, by the shortest way that computes the same.
-
-    The autograd kernel in the dispatcher is Python and costs 3 to 4 microseconds a call, also where
-    nothing requires a gradient. Outside of tracing and torch.func, whose levels only the dispatcher
-    knows, it is entered below that kernel, or the autograd.Function is applied here. Under autocast the
-    casts have to be recorded too, and they are made in the dispatcher above autograd.
-    """
-    if _is_compiling() or _is_transformed() or _tracing_state() is not None:
-        return op(*args)
-    if forward_ad._current_level < 0 and not (_is_grad_enabled() and _any_requires_grad(*args)):
-        with _below_autograd():
-            return op(*args)
-    if torch._C._is_any_autocast_enabled():
-        return op(*args)
-    return function.apply(None, *args)
 
 
 def pointwise(
@@ -121,7 +79,7 @@ def pointwise(
     Returns (N, Co, *spatial), channels-last where the input is, else contiguous. Raises RuntimeError
     for what the kernels cannot compute.
     """
-    return _call(_pointwise, _pointwise_function, input, weight, p, phi, q, lam, bias, residual, activation)
+    return call(_pointwise, _pointwise_function, input, weight, p, phi, q, lam, bias, residual, activation)
 
 
 def pointwise_pooled(
@@ -139,12 +97,12 @@ def pointwise_pooled(
 
     Returns (output, sums (N, Co)), the sums in float32, in float64 for float64.
     """
-    return _call(_pooled, _pooled_function, input, weight, p, phi, q, lam, bias, residual, activation)
+    return call(_pooled, _pooled_function, input, weight, p, phi, q, lam, bias, residual, activation)
 
 
 def latent_moments(input: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (N, L) and centred covariance (N, L, L) of Qᵀx over each sample's pixels, `dcd.latent_moments`."""
-    return _call(moments.OP, _moments_function, input, q)
+    return call(moments.OP, _moments_function, input, q)
 
 
 def apply(
@@ -167,7 +125,7 @@ def apply(
     Returns (N, Co, *spatial), channels-last where static is, else contiguous. Raises RuntimeError for
     what the kernels cannot compute.
     """
-    return _call(_apply, _apply_function, static, input, p, phi, q, lam, bias, residual, activation)
+    return call(_apply, _apply_function, static, input, p, phi, q, lam, bias, residual, activation)
 
 
 def depthwise(
@@ -194,7 +152,7 @@ def depthwise(
     Returns (N, Co, *out), channels-last where the input is, else contiguous. Raises RuntimeError for
     what the kernels cannot compute.
     """
-    return _call(
+    return call(
         _depthwise,
         _depthwise_function,
         input,

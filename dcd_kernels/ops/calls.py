@@ -1,8 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How the entry points call an op: by the shortest way that computes the same."""
+"""How the entry points call an op, by the shortest way that computes the same; and that the ops are there."""
 
 import torch
 from torch.autograd import forward_ad
+
+_NAMES = ("pointwise", "pointwise_pooled", "apply", "depthwise", "latent_moments", "channel_sums", "branch")
+
+
+def _require_extension() -> None:
+    missing = [name for name in _NAMES if not hasattr(torch.ops.dcd_kernels, name)]
+    if missing:
+        from dcd_kernels import extension
+
+        raise ImportError(
+            f"dcd_kernels.ops cannot be imported: {extension.REASON}. "
+            "dcd_kernels.reference serves every form without it."
+        )
+
+
+_require_extension()
 
 # Bound once: half of the time of the checks below would go into finding what they call.
 _is_compiling = torch.compiler.is_compiling

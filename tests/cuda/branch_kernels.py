@@ -108,7 +108,7 @@ class Image:
 
 
 def image(rng, element: str, shape, layout: str, shift: int = 0, spare: int = 0) -> Image:
-    """A random image `shift` elements behind a multiple of 64 bytes, cut out of one with `spare` more channels."""
+    """Random, `shift` elements behind a multiple of 64 bytes, cut out of one with `spare` more channels."""
     n, c, p = shape
     size = 4 if element == "float32" else 2
     wide = c + spare
