@@ -71,39 +71,55 @@ def _without_autocast(device_type: str):
     return contextlib.nullcontext()
 
 
-def _inside(x: Tensor) -> Tensor:
-    """The slope of relu6(x + 3)."""
-    return ((x > -3) & (x < 3)).to(x.dtype)
+def _between(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """``grad`` where low < x < high, else 0, in one kernel."""
+    return torch.ops.aten.hardtanh_backward(grad, x, low, high)
 
 
-def _gate_and_slope(before: Tensor, code: int) -> tuple[Tensor, Tensor | None]:
-    """The hidden units and their derivative; None: 1."""
+def _gated(before: Tensor, code: int) -> Tensor:
+    """The hidden units."""
     name = GATES[code]
     if name == "relu":
-        return before.relu(), (before > 0).to(before.dtype)
+        return before.relu()
     if name == "relu6":
-        return F.relu6(before), ((before > 0) & (before < 6)).to(before.dtype)
+        return F.relu6(before)
     if name == "silu":
-        sigmoid = before.sigmoid()
-        return before * sigmoid, sigmoid * (1 + before * (1 - sigmoid))
+        return F.silu(before)
     if name == "hardswish":
-        sixth = F.relu6(before + 3) / 6
-        return before * sixth, sixth + before * _inside(before) / 6
-    return before, None
+        return before * F.relu6(before + 3) / 6
+    return before
 
 
-def _lam_slope(lam: Tensor, code: int) -> Tensor | None:
-    """The derivative of λ by its logit, from λ itself; None: 1."""
+def _behind_gate(grad: Tensor, before: Tensor, code: int) -> Tensor:
+    """The gradient before the gate, given that of the hidden units."""
+    name = GATES[code]
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(grad, before, 0)
+    if name == "relu6":
+        return _between(grad, before, 0, 6)
+    if name == "silu":
+        if not torch.is_grad_enabled():
+            return torch.ops.aten.silu_backward(grad, before)
+        sigmoid = before.sigmoid()  # aten's kernel has no derivative of its own
+        return grad * (sigmoid * (1 + before * (1 - sigmoid)))
+    if name == "hardswish":
+        shifted = before + 3
+        return (grad * F.relu6(shifted) + _between(grad * before, shifted, 0, 6)) / 6
+    return grad
+
+
+def _behind_lam(grad: Tensor, lam: Tensor, code: int) -> Tensor:
+    """The gradient of the logits, given that of λ."""
     name = LAM_ACTIVATIONS[code]
     if name == "hardsigmoid2":
-        return ((lam > 0) & (lam < 2)).to(lam.dtype) / 3
+        return _between(grad, lam, 0, 2) / 3
     if name == "hardsigmoid":
-        return ((lam > 0) & (lam < 1)).to(lam.dtype) / 6
+        return _between(grad, lam, 0, 1) / 6
     if name == "sigmoid2":
-        return lam * (1 - lam / 2)
+        return grad * (lam * (1 - lam / 2))
     if name == "sigmoid":
-        return lam * (1 - lam)
-    return None
+        return grad * (lam * (1 - lam))
+    return grad
 
 
 def _branch_setup(ctx, inputs, outputs):
@@ -117,10 +133,7 @@ def _branch_setup(ctx, inputs, outputs):
 
 def _logits_gradient(ctx, d_lam: Tensor | None, d_phi: Tensor | None, lam: Tensor) -> Tensor:
     others = ctx.saved_tensors[5].shape[0] - ctx.lam_channels
-    if d_lam is None:
-        d_lam = torch.zeros_like(lam)
-    elif (slope := _lam_slope(lam, ctx.lam_activation)) is not None:
-        d_lam = d_lam * slope
+    d_lam = torch.zeros_like(lam) if d_lam is None else _behind_lam(d_lam, lam, ctx.lam_activation)
     if others == 0:
         return d_lam
     if d_phi is None:
@@ -144,14 +157,14 @@ def _branch_backward(ctx, d_lam, d_phi):
         d_hidden = d_logits @ w2
         d_gate = None
         if wg is not None:
-            gate_logits = F.linear(before, wg, bg)
-            factor = F.relu6(gate_logits + 3) / 3
-            hidden = before * factor
-            d_gate = d_hidden * before * _inside(gate_logits) / 3
-            d_before = d_hidden * factor + d_gate @ wg
+            shifted = F.linear(before, wg, bg) + 3
+            factor, third = F.relu6(shifted), before / 3
+            hidden = third * factor
+            d_gate = _between(d_hidden * third, shifted, 0, 6)
+            d_before = torch.addmm(d_hidden * factor / 3, d_gate, wg)
         else:
-            hidden, slope = _gate_and_slope(before, ctx.gate)
-            d_before = d_hidden if slope is None else d_hidden * slope
+            hidden = _gated(before, ctx.gate)
+            d_before = _behind_gate(d_hidden, before, ctx.gate)
         found = {
             "w1": (lambda: d_before.mT @ pooled, dtypes[0]),
             "b1": (lambda: d_before.sum(0), dtypes[1]),
