@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
+from ...geometry import Geometry
 
 NAME = "triton"
 NOTES: dict[torch.dtype, str] = {}
@@ -52,6 +53,7 @@ def can_run(
     phi: Tensor | None = None,
     q: Tensor | None = None,
     lam: Tensor | None = None,
+    where: Geometry | None = None,
 ) -> tuple[bool, str]:
     """Whether the Triton kernels take a checked call, and why not; arguments as for the CPU backend."""
     if _MISSING:

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import precision
 from .launch import Image, image_arguments, launch, padded, pixels_of, unit
 from .tile import offsets
-from .tuning import Config, bucket, choose, fitting
+from .tuning import MULTIPROCESSORS, Config, bucket, choose, fitting
 
 CONFIGS = (
     Config(64, 64, 64, 4, 3),
@@ -33,7 +33,7 @@ CONFIGS = (
 )
 WIDEST_FUSED = 16  # latent channels up to which dP and dQ ride along with dW0 for less than reading again
 _BLOCK = 256  # of add_runs
-_PROGRAMS = 264  # two for each multiprocessor of an H200: what a split of a sum over samples aims at
+_PROGRAMS = 2 * MULTIPROCESSORS  # what a split of a sum over samples aims at
 
 
 @triton.jit

@@ -39,13 +39,14 @@ CONFIGS = (
     Config(128, 32, 16, 4, 3),
     Config(128, 16, 16, 4, 3),
     Config(64, 32, 32, 4, 3),
+    Config(32, 32, 64, 4, 3),
+    Config(32, 32, 16, 4, 3),
     Config(16, 64, 64, 4, 3),
     Config(16, 16, 64, 4, 3),
     Config(16, 16, 16, 4, 3),
 )
-_SMALLEST = (
-    32  # pixels from which λ on the reduction axis is worth a tile of one sample alone, see the kernel
-)
+_SMALLEST = 32  # pixels from which λ on the reduction axis gets tiles of one sample each, see the kernel
+_SAMPLES = 16  # that a tile may run through, one after the other
 _WASTE = 1.1  # tiles may overhang the maps by this much before they run on from sample to sample
 
 
@@ -351,6 +352,7 @@ def run(
         *(int(x.last), bucket(batch * pixels), pixel_unit, int(pooled), int(y is None)),
     )
     alone = pooled or (scales == LAM_ON_INPUT and pixels >= _SMALLEST)
-    rows = bucket(pixels) if alone else batch * pixels
-    start(choose("product", key, fitting(CONFIGS, rows, out_channels, in_channels), start))
+    widest = pixels if alone else min(batch, _SAMPLES) * pixels
+    candidates = fitting(CONFIGS, widest, out_channels, in_channels, out_channels, batch * pixels)
+    start(choose("product", key, candidates, start))
     return sums[0]

@@ -23,6 +23,7 @@ import triton
 TUNE, FOLDER = "DCD_KERNELS_TUNE", "DCD_KERNELS_CACHE"
 _ROUNDS = 5
 _TRIED = 3
+MULTIPROCESSORS = 132  # of an H100 or H200; the other GPUs served have about as many
 _chosen: dict[tuple[int, str], Config] = {}
 _remembered: dict[int, dict[str, list[int]]] = {}
 _lock = threading.Lock()
@@ -64,14 +65,22 @@ def choose(kernel: str, key: tuple, candidates: Sequence[Config], run: Callable[
         return _chosen[device, name]
 
 
-def fitting(candidates: Sequence[Config], m: int, n: int, k: int) -> list[Config]:
-    """The largest three of the candidates that are no wider in any direction than what they cover.
+def fitting(
+    candidates: Sequence[Config], m: int, n: int, k: int, columns: int = 0, rows: int = 0
+) -> list[Config]:
+    """The best three of the candidates that are no wider in any direction than what they cover.
 
-    Beyond the first candidate's size a larger tile is worth a trial, but not a first choice.
+    Best are those that give every multiprocessor a tile of ``rows`` × ``columns`` (where given), and of those
+    the largest; beyond the first candidate's size a larger tile is worth a trial, but not a first choice.
     """
     widest = [max(16, bucket(size)) for size in (m, n, k)]
     fits = [c for c in candidates if all(own <= most for own, most in zip(c[:3], widest, strict=True))]
-    return sorted(fits, key=lambda c: -math.prod(map(min, c[:3], candidates[0][:3])))[:_TRIED]
+
+    def rank(config: Config) -> tuple[int, int]:
+        tiles = -(-rows // config.block_m) * -(-columns // config.block_n) if rows else 0
+        return -min(tiles, MULTIPROCESSORS), -math.prod(map(min, config[:3], candidates[0][:3]))
+
+    return sorted(fits, key=rank)[:_TRIED]
 
 
 def bucket(count: int) -> int:

@@ -21,6 +21,14 @@ def right_bfloat16():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_multiprocessors(monkeypatch):
+    """The CPU has none to keep busy, and few large tiles are interpreted faster than many small ones."""
+    from dcd_kernels.backends.triton import tuning
+
+    monkeypatch.setattr(tuning, "MULTIPROCESSORS", 1)
+
+
 @pytest.fixture(scope="session")
 def triton_on_cpu():
     """CPU tensors go to the Triton kernels: autograd, checks and callers are those of every backend."""
