@@ -184,10 +184,10 @@ _PROBES = (
 )
 
 
-def _judge(op, where, demanded, input, weight, p, phi, q, lam, size) -> Call:
+def _judge(op, where, demanded, input, weight, p, phi, q, lam, geometry) -> Call:
     verdicts = []
     for name in selection.NAMES[1:]:
-        able, reason = selection.ask(name, op, input, weight, p, phi, q, lam)
+        able, reason = selection.ask(name, op, input, weight, p, phi, q, lam, geometry)
         verdicts.append(Verdict(name, able, reason, selection.kernel(name, op, input.dtype) if able else ""))
     able = {verdict.backend: verdict for verdict in verdicts if verdict.able}
     chosen = next(name for name in selection.preferences() if name in able)
@@ -204,7 +204,7 @@ def _judge(op, where, demanded, input, weight, p, phi, q, lam, size) -> Call:
     note = selection.notes(chosen, dtype)
     if note:
         notes.append(f"{_short(dtype)}: {note}")
-    plan = selection.plan(chosen, op, size, input, weight, p, phi, q, lam)
+    plan = selection.plan(chosen, op, geometry, input, weight, p, phi, q, lam)
     if plan:
         notes.append(plan)
     described = {

@@ -259,7 +259,7 @@ def _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activa
             code = _CODES[activation]
             return ops.pointwise(input, weight.flatten(1), p, phi, q, lam, bias, residual, code)
     elif (
-        selection.select(plan.form, input, weight, p, phi, r if q is None else q, lam, plan.geometry.output)
+        selection.select(plan.form, input, weight, p, phi, r if q is None else q, lam, plan.geometry)
         != "reference"
     ):
         return _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, _CODES[activation])

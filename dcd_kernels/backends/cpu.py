@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
+from ..geometry import Geometry
 
 NAME = "cpu"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,11 +36,13 @@ def can_run(
     phi: Tensor | None = None,
     q: Tensor | None = None,
     lam: Tensor | None = None,
+    where: Geometry | None = None,
 ) -> tuple[bool, str]:
     """Whether the compiled kernels take a checked call, and why not.
 
-    ``op`` is one of :data:`selection.OPS`; ``weight`` is apply's static output, ``q`` is depthwise's r. All
-    operands share one device by then, and all but lam, phi and bias one dtype.
+    ``op`` is one of :data:`selection.OPS`; ``weight`` is apply's static output, ``q`` is depthwise's r,
+    ``where`` a convolution's geometry. All operands share one device by then, and all but lam, phi and bias
+    one dtype.
     """
     if not extension.LOADED:
         return False, extension.REASON

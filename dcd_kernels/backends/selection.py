@@ -18,14 +18,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from . import cpu, reference, triton
+from ..geometry import Geometry
+from . import cpu, cuda, reference, triton
 
 OPS = ("pointwise", "linear", "depthwise", "centre", "joint", "apply", "moments")
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "DCD_KERNELS_BACKEND"
-_BUILT = {backend.NAME: backend for backend in (cpu, triton, reference)}
-_AUTO = (cpu, triton, reference)  # in order of preference; the last one runs everything
-_ABSENT = "not built in this version"
+_AUTO = (cpu, cuda, triton, reference)  # in order of preference; the last one runs everything
+_BUILT = {backend.NAME: backend for backend in _AUTO}
 
 
 def _valid(name: str, source: str) -> str:
@@ -81,11 +81,11 @@ def select(
     phi: Tensor | None = None,
     q: Tensor | None = None,
     lam: Tensor | None = None,
-    size: tuple[int, ...] | None = None,
+    where: Geometry | None = None,
 ) -> str:
     """Name of the backend for a checked call of ``op``, one of ``OPS``.
 
-    ``size`` is the output's spatial size where a stride or padding makes it another than the input's.
+    ``where`` is a convolution's geometry; ``None`` where every pixel of the input is one of the output.
 
     Raises:
         RuntimeError: a backend was chosen by name and cannot run this call.
@@ -94,13 +94,13 @@ def select(
     if _observed:
         observe = getattr(_thread, "observe", None)
         if observe is not None:
-            observe(op, input, weight, p, phi, q, lam, size)
+            observe(op, input, weight, p, phi, q, lam, where)
             automatic = True
     if automatic:
         for backend in _AUTO:
-            if backend.can_run(op, input, weight, p, phi, q, lam)[0]:
+            if backend.can_run(op, input, weight, p, phi, q, lam, where)[0]:
                 return backend.NAME
-    able, reason = ask(_requested, op, input, weight, p, phi, q, lam)
+    able, reason = ask(_requested, op, input, weight, p, phi, q, lam, where)
     if not able:
         raise RuntimeError(
             f"backend '{_requested}' cannot run {op}: {reason}; use_backend('auto') takes another one"
@@ -124,17 +124,14 @@ def observed_by(observe: Callable[..., None]) -> Iterator[None]:
             _observed -= 1
 
 
-def ask(name: str, op: str, *tensors: Tensor | None) -> tuple[bool, str]:
-    """``can_run`` of the backend called ``name``, also for those that this version does not build."""
-    backend = _BUILT.get(name)
-    return (False, _ABSENT) if backend is None else backend.can_run(op, *tensors)
+def ask(name: str, op: str, *call: Tensor | Geometry | None) -> tuple[bool, str]:
+    """``can_run`` of the backend called ``name``."""
+    return _BUILT[name].can_run(op, *call)
 
 
 def supports(name: str, op: str, *tensors: Tensor | None) -> tuple[bool, str]:
     """Whether the kernels of the backend called ``name`` take such operands on a device of their own."""
-    backend = _BUILT.get(name)
-    if backend is None:
-        return False, _ABSENT
+    backend = _BUILT[name]
     return getattr(backend, "supports", backend.can_run)(op, *tensors)
 
 
@@ -153,6 +150,7 @@ def notes(name: str, dtype: torch.dtype) -> str:
     return _BUILT[name].NOTES.get(dtype, "")
 
 
-def plan(name: str, op: str, size: tuple[int, ...] | None, *tensors: Tensor | None) -> str | None:
-    """What the backend called ``name`` decides by the shape of a call, in words; ``size`` as in select."""
+def plan(name: str, op: str, where: Geometry | None, *tensors: Tensor | None) -> str | None:
+    """What the backend called ``name`` decides by the shape of a call, in words; ``where`` as in select."""
+    size = None if where is None else where.output
     return getattr(_BUILT[name], "plan", lambda *_: None)(op, size, *tensors)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The bodies of the CUDA depthwise kernels, compiled for the CPU and called as the op calls them.
 
-Every byte that they read has to belong to a tensor, every element of a result is written exactly once, and the
-order in which the threads of a phase run must not matter.
+Every byte that they read has to belong to a tensor, every element of a result is written exactly once, and
+the order in which the threads of a phase run must not matter.
 """
 
 from __future__ import annotations
