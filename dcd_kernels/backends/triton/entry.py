@@ -34,7 +34,7 @@ def pointwise(
     activation: int,
 ) -> Tensor:
     """y = act(λ⊙(W0 x) + P Φ Qᵀ x + bias + residual)."""
-    operands.check_pointwise(input, weight, p, phi, q, lam, bias, residual)
+    operands.check_pointwise(input, weight, p, phi, q, lam, bias, residual, activation)
     out = empty_map(input, weight.shape[0], input.shape[2:])
     if out.numel():
         p, phi, q = operands.widen(p, phi, q)
@@ -54,7 +54,7 @@ def pointwise_pooled(
     activation: int,
 ) -> tuple[Tensor, Tensor]:
     """`pointwise` and its output's channel sums (N, Co) in float32, of the values before rounding."""
-    operands.check_pointwise(input, weight, p, phi, q, lam, bias, residual)
+    operands.check_pointwise(input, weight, p, phi, q, lam, bias, residual, activation)
     out = empty_map(input, weight.shape[0], input.shape[2:])
     if not out.numel():
         return out, out.new_zeros((input.shape[0], weight.shape[0]), dtype=torch.float32)
@@ -102,7 +102,7 @@ def apply(
     activation: int,
 ) -> Tensor:
     """y = act(λ⊙static + P Φ Qᵀ x + bias + residual); without q the input is the latent itself."""
-    operands.check_apply(static, input, p, phi, q, lam, bias, residual)
+    operands.check_apply(static, input, p, phi, q, lam, bias, residual, activation)
     out = empty_map(static, static.shape[1], static.shape[2:])
     if out.numel():
         p, phi, q = operands.widen(p, phi, q)
@@ -126,12 +126,13 @@ def apply_backward(
     factors = (static, input, p, phi, q, lam)
     if not grad.numel():
         return operands.zeros(factors, needs, 2)
-    grad = grad.to(static.dtype)
     d_static = d_lam = None
     if needs & 1 and lam is None:
         d_static = empty_map(static, static.shape[1], static.shape[2:]).copy_(grad)
     elif needs & 0b100001:
+        # G unrounded: a sum over the pixels can be much smaller than what it adds up
         d_static, d_lam = scaling.run(grad, static, lam, needs & 1, needs >> 5 & 1)
+    grad = grad.to(static.dtype)
     d_input = d_p = d_phi = d_q = None
     if p is not None:
         blocks = operands.blocks_of(phi)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...checks import ACTIVATIONS
 from ...ops.fakes import empty_map
 
 _MAY_BE_SINGLE = ("phi", "lam", "bias", "grad")
@@ -27,13 +28,17 @@ def check_pointwise(
     lam: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    activation: int = 0,
 ) -> None:
     """Raises RuntimeError naming the argument, what it got and what it needs."""
+    _check_activation(activation)
     _require(input.dim() >= 3, "input", input, "at least 3 dimensions")
     _require(
         weight.dim() == 2 and weight.shape[1] == input.shape[1], "weight", weight, f"(Co, {input.shape[1]})"
     )
     out_channels = weight.shape[0]
+    if 0 in weight.shape:
+        raise RuntimeError(f"input and weight must have at least one channel, got {tuple(weight.shape)}")
     _check_latent(input, out_channels, p, phi, q, False)
     _check_rest(input, out_channels, lam, bias, residual)
     _check_tensors(input, weight=weight, p=p, phi=phi, q=q, lam=lam, bias=bias, residual=residual)
@@ -48,10 +53,12 @@ def check_apply(
     lam: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    activation: int = 0,
 ) -> None:
     """Raises RuntimeError naming the argument, what it got and what it needs."""
+    _check_activation(activation)
     _require(static.dim() >= 3, "static", static, "at least 3 dimensions")
-    if p is not None:
+    if p is not None or phi is not None or q is not None:
         wanted = (static.shape[0], "Ci", *static.shape[2:])
         fits = input.dim() == static.dim() and (input.shape[0], *input.shape[2:]) == (wanted[0], *wanted[2:])
         _require(fits, "input", input, wanted)
@@ -73,6 +80,11 @@ def check_like(name: str, tensor: Tensor, image: Tensor, channels: int) -> None:
     wanted = (image.shape[0], channels, *image.shape[2:])
     _require(tuple(tensor.shape) == wanted, name, tensor, wanted)
     _check_tensors(image, **{name: tensor})
+
+
+def _check_activation(activation: int) -> None:
+    if activation not in ACTIVATIONS.values():
+        raise RuntimeError(f"activation must be one of the codes {ACTIVATIONS}, got {activation}")
 
 
 def _check_latent(image: Tensor, out_channels: int, p, phi, q, given_latent: bool) -> None:
