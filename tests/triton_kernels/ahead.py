@@ -90,8 +90,9 @@ class Launch:
 @contextmanager
 def recording(label: str = "", *, every: bool = False) -> Iterator[list[Launch]]:
     """The launches of everything called inside, none made; `every`: of all candidates for the tiles."""
+    # every module that launches has to be there before it is looked through
+    from dcd_kernels.backends.triton import entry, tuning  # noqa: F401
     from dcd_kernels.backends.triton import launch as launcher
-    from dcd_kernels.backends.triton import tuning
 
     launches: list[Launch] = []
 
