@@ -3,44 +3,24 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from .. import extension
-from . import selection
+from . import cuda, selection
 
-MINIMUM_CAPABILITY = (8, 0)
 # what the kernel's shared memory has room for: csrc/branch.h
 MOST_INPUTS, MOST_HIDDEN = 8192, 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BACKENDS = ("auto", "cuda")  # whose request they are
-
-
-@functools.cache
-def _known_capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return _known_capability(index)
+_BACKENDS = ("auto", cuda.NAME)  # under which they are taken
 
 
 def can_run(input: Tensor, squeeze_weight: Tensor, *weights: Tensor) -> tuple[bool, str]:
     """Whether the CUDA kernels take a branch with this input, first FC and other FCs, and why not."""
-    if not extension.CUDA_LOADED:
-        return False, extension.CUDA_REASON
-    if not input.is_cuda:
-        return False, f"input is on {input.device}, these kernels run on CUDA devices"
+    reason = cuda.obstacle(input)
+    if reason:
+        return False, reason
     if selection.current() not in _BACKENDS:
         return False, f"backend '{selection.current()}' was asked for"
-    if torch.version.hip is not None:
-        return False, "these kernels are for NVIDIA's devices"
-    if _capability(input.device.index) < MINIMUM_CAPABILITY:
-        have, need = (".".join(map(str, c)) for c in (_capability(input.device.index), MINIMUM_CAPABILITY))
-        return False, f"compute capability {have}, these kernels need {need}"
     return supports(input, squeeze_weight, *weights)
 
 

@@ -31,6 +31,18 @@ def _capability(index: int) -> tuple[int, int]:
     return _known_capability(index)
 
 
+def obstacle(input: Tensor) -> str:
+    """Why no kernel of this library can be started on the device of ``input``; empty if they can."""
+    if not extension.CUDA_LOADED:
+        return extension.CUDA_REASON
+    if not input.is_cuda:
+        return f"input is on {input.device}, these kernels run on CUDA devices"
+    if _capability(input.device.index) < MINIMUM_CAPABILITY:
+        have, need = (".".join(map(str, c)) for c in (_capability(input.device.index), MINIMUM_CAPABILITY))
+        return f"compute capability {have}, these kernels need {need}"
+    return ""
+
+
 def can_run(
     op: str,
     input: Tensor,
@@ -44,13 +56,9 @@ def can_run(
     """Whether the CUDA kernels take a checked call, and why not; arguments as for the CPU backend."""
     if op != "depthwise":
         return False, f"{op} has no CUDA kernel"
-    if not extension.CUDA_LOADED:
-        return False, extension.CUDA_REASON
-    if not input.is_cuda:
-        return False, f"input is on {input.device}, these kernels run on CUDA devices"
-    if _capability(input.device.index) < MINIMUM_CAPABILITY:
-        have, need = (".".join(map(str, c)) for c in (_capability(input.device.index), MINIMUM_CAPABILITY))
-        return False, f"compute capability {have}, these kernels need {need}"
+    reason = obstacle(input)
+    if reason:
+        return False, reason
     return supports(op, input, weight, p, phi, q, lam, where)
 
 

@@ -40,7 +40,9 @@ def main(device: torch.device) -> None:
         r, scale = leaf(9, 4, dtype=dtype), leaf(2, 13, dtype=torch.float32)
         for image in maps(device, 13, (7, 5), dtype):
             x = image.detach().requires_grad_()
+            branch = dcd.nn.DynamicBranch(13, 21, (5, 5), gate="se", bias=True, dtype=dtype).to(device)
             outputs = [
+                *branch(x),
                 dcd.dcd_conv2d(x, weight, p, phi, q, lam=lam, bias=bias, activation="relu6"),
                 dcd.dcd_conv2d(x, k, p, phi, q, lam=lam, padding=1, stride=2),
                 *(

@@ -11,6 +11,7 @@ from torch import nn
 
 from dcd_kernels import extension, use_backend
 from dcd_kernels.backends import branch as kernels
+from dcd_kernels.backends import cuda
 from dcd_kernels.nn import DCDConv2d, DynamicBranch
 from dcd_kernels.nn.branch import GATES, LAM_ACTIVATIONS
 
@@ -188,8 +189,7 @@ class OnCuda:
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(extension, "CUDA_LOADED", True)
-    monkeypatch.setattr(kernels, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -220,7 +220,7 @@ def test_reasons_of_the_machine(monkeypatch):
     for name, able in (("reference", False), ("triton", False), ("cuda", True)):
         with use_backend(name):
             assert kernels.can_run(image, weight)[0] == able
-    monkeypatch.setattr(kernels, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(cuda, "_capability", lambda index: (7, 5))
     assert kernels.can_run(image, weight) == (False, "compute capability 7.5, these kernels need 8.0")
     assert "run on CUDA devices" in kernels.can_run(torch.zeros(2, 6, 4), torch.zeros(5, 6))[1]
     monkeypatch.setattr(extension, "CUDA_LOADED", False)
