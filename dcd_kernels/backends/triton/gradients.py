@@ -107,6 +107,10 @@ def pixel_sums(
         b_at = n * (b_sample * B_UNIT) + offsets(p, j, b_step, B_UNIT, B_LAST)
         left = tl.load(a + a_at, mask=in_i[:, None] & in_p[None, :], other=0.0)
         right = tl.load(b + b_at, mask=in_p[:, None] & in_j[None, :], other=0.0)
+        if per_sample:
+            # before the first product of the step: registers that change between two of them stall the second
+            if tile == 0:
+                own = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         if FUSED:
             l_at = (n * pixels + p)[:, None] * L + latents[None, :]
             in_l = in_p[:, None] & in_latents[None, :]
@@ -127,7 +131,6 @@ def pixel_sums(
                     w = tl.load(weight + w_at, mask=in_ij, other=0.0).to(tl.float32)
                     row = tl.sum(own * w, 1)
                     tl.store(rows + (b_tile * batch + n) * a_channels + i, row, mask=in_i)
-                own = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         else:
             acc = tl.dot(left, right, acc, input_precision=PRECISION)
 
