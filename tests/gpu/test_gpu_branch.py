@@ -106,8 +106,8 @@ def test_formula(gate, lam_activation, device):
 
 
 BRANCHES = [
-    # N, T, I, hidden, lam_channels, the others. A cluster of blocks has more samples where there are more, and
-    # more blocks where there are more weights
+    # N, T, I, hidden, lam_channels, the others. A cluster of blocks has more samples where there are more,
+    # and more blocks where there are more weights
     (1, 1, 1, 1, 1, 0),
     (2, 16, 130, 7, 33, 9),
     (1, 1, 576, 40, 160, 169),
