@@ -5,12 +5,18 @@
 #   make bench        the benchmarks                        make lint        style of Python and C++
 #   make format       put the style right                   make clean       remove what the targets made
 #
+# On a machine with a GPU, with PYTHON=<path of a Python that has a CUDA torch> and the libraries built beside the package:
+#   make gpu-check    the GPU tests, in ten minutes         make gpu-bench   the GPU benchmarks, resumable, in ten minutes
+#   make gpu          some of both, in ten minutes
+#
 # OMP_NUM_THREADS, PIP_EXTRA_INDEX_URL and the like are taken from the environment as usual.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_CHECK_ARGS ?=
+GPU_BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 # torch comes first and by its exact version: a plain requirement would let the build pull in another one
@@ -25,10 +31,10 @@ CMAKE_TOOL = $(shell cmake --version 2>/dev/null | grep -qE 'version (3\.(2[5-9]
 BIN := $(VENV)/bin
 # the build looks for cmake and ninja there
 export PATH := $(abspath $(BIN)):$(PATH)
-CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \) 2>/dev/null)
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CPP)
+CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt csrc/cuda/cuda.cmake $(CPP)
 
-.PHONY: demo test test-full bench lint format clean install
+.PHONY: demo test test-full bench gpu gpu-check gpu-bench lint format clean install
 
 demo: install
 	$(BIN)/python -m dcd_kernels demo $(DEMO_ARGS)
@@ -42,6 +48,20 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton_kernel
 
 bench: install
 	$(BIN)/python -m dcd_kernels bench $(BENCH_ARGS)
+
+# The user's own Python, not the virtual environment's: that one has torch for the CPU. Nothing is installed.
+gpu-check:
+	$(PYTHON) tests/gpu/run.py $(GPU_CHECK_ARGS)
+
+gpu-bench:
+	$(PYTHON) -m benchmarks.gpu $(GPU_BENCH_ARGS)
+
+gpu:
+	@status=0; \
+	$(PYTHON) tests/gpu/run.py --minutes 3.5 $(GPU_CHECK_ARGS) || status=$$?; \
+	[ $$status -ne 2 ] || exit 2; \
+	$(PYTHON) -m benchmarks.gpu --minutes 4 $(GPU_BENCH_ARGS) || status=$$?; \
+	exit $$status
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

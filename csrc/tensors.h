@@ -32,7 +32,8 @@ struct Operand {
     bool may_be_single = false;
 };
 
-// Raises unless every given operand is on the device of `image` and of its type, or fp32 where that is allowed.
+// Raises unless every given operand is on the device of `image` and of its type, or fp32 where that is
+// allowed.
 void check_operands(const Tensor& image, const char* image_name, const std::vector<Operand>& operands);
 void check_activation(int64_t activation);
 // Raises unless `tensor` has at least `rank` dimensions, or just as many when `exact`.

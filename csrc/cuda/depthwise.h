@@ -87,6 +87,16 @@ constexpr int kTileBytes = 32 * 1024;
 constexpr int kSharedBytes = 48 * 1024;
 constexpr int kLatentLimit = 48;  // what the sums of k = 7 still fit into 99 KB with
 
+// Blocks whose registers shall fit on a multiprocessor at once: what hides the latency of memory.
+template <int KERNEL>
+constexpr int kConvolveBlocks = KERNEL == 3   ? 7
+                                : KERNEL == 5 ? 4
+                                              : 3;
+template <int KERNEL>
+constexpr int kSumsBlocks = KERNEL == 3   ? 7
+                            : KERNEL == 5 ? 4
+                                          : 2;
+
 // Each starts its kernel on `stream` and returns the error code of the launch, 0 for success.
 int convolve_float(const ConvolveParams& s, bool last, int kernel, Mode mode, void* stream);
 int convolve_half(const ConvolveParams& s, bool last, int kernel, Mode mode, void* stream);

@@ -20,14 +20,11 @@ DCD_BODY void activate(float (&value)[N], int code) {
     constexpr float infinity = HUGE_VALF;
     if (code <= 2) {  // none, relu and relu6 are all a clamp
         const float low = code == 0 ? -infinity : 0.0f, high = code == 2 ? 6.0f : infinity;
-        DCD_UNROLL
-        for (int i = 0; i < N; ++i) value[i] = clamp(value[i], low, high);
+        DCD_EACH (i, N) value[i] = clamp(value[i], low, high);
     } else if (code == 3) {
-        DCD_UNROLL
-        for (int i = 0; i < N; ++i) value[i] = value[i] / (1.0f + expf(-value[i]));
+        DCD_EACH (i, N) value[i] = value[i] / (1.0f + expf(-value[i]));
     } else {
-        DCD_UNROLL
-        for (int i = 0; i < N; ++i) value[i] *= clamp(value[i] + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+        DCD_EACH (i, N) value[i] *= clamp(value[i] + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
     }
 }
 
@@ -38,23 +35,19 @@ DCD_BODY void store(float (&value)[N], int count, T* to, int to_step, bool to_pa
     if (residual) {
         if (residual_pairs && count == N) {
             const auto pack = read_global(reinterpret_cast<const Pack<T, N>*>(residual));
-            DCD_UNROLL
-            for (int i = 0; i < N; ++i) value[i] += to_float(pack.value[i]);
+            DCD_EACH (i, N) value[i] += to_float(pack.value[i]);
         } else {
-            DCD_UNROLL
-            for (int i = 0; i < N; ++i)
+            DCD_EACH (i, N)
                 if (i < count) value[i] += to_float(read_global(residual + int64_t{i} * residual_step));
         }
     }
     activate(value, activation);
     if (to_pairs && count == N) {
         Pack<T, N> pack;
-        DCD_UNROLL
-        for (int i = 0; i < N; ++i) pack.value[i] = rounded<T>(value[i]);
+        DCD_EACH (i, N) pack.value[i] = rounded<T>(value[i]);
         write_global(reinterpret_cast<Pack<T, N>*>(to), pack);
     } else {
-        DCD_UNROLL
-        for (int i = 0; i < N; ++i)
+        DCD_EACH (i, N)
             if (i < count) write_global(to + int64_t{i} * to_step, rounded<T>(value[i]));
     }
 }
@@ -69,24 +62,18 @@ DCD_BODY void patch_sums(const Tiling& t, const T* from,
     constexpr int rows = A::kPatchRows, columns = A::kPatchColumns, channels = A::kChannels;
     constexpr int in_rows = input_extent(MODE, KERNEL, rows),
                   in_columns = input_extent(MODE, KERNEL, columns);
-    DCD_UNROLL
-    for (int i = 0; i < in_rows; ++i) {
+    DCD_EACH (i, in_rows) {
         float x[in_columns][channels];
-        DCD_UNROLL
-        for (int j = 0; j < in_columns; ++j) read_tile(from + tile_offset<T, LAST>(t, 0, i, j), x[j]);
-        DCD_UNROLL
-        for (int r = 0; r < rows; ++r) {
+        DCD_EACH (j, in_columns) read_tile(from + tile_offset<T, LAST>(t, 0, i, j), x[j]);
+        DCD_EACH (r, rows) {
             const int tap_row = tap_between(MODE, KERNEL, r, i);
             if (tap_row < 0 || tap_row >= KERNEL) continue;
-            DCD_UNROLL
-            for (int q = 0; q < columns; ++q) DCD_UNROLL
-            for (int j = 0; j < in_columns; ++j) {
-                const int tap_column = tap_between(MODE, KERNEL, q, j);
-                if (tap_column < 0 || tap_column >= KERNEL) continue;
-                DCD_UNROLL
-                for (int c = 0; c < channels; ++c)
-                    sum[r][q][c] += w[tap_row * KERNEL + tap_column][c] * x[j][c];
-            }
+            DCD_EACH (q, columns)
+                DCD_EACH (j, in_columns) {
+                    const int tap_column = tap_between(MODE, KERNEL, q, j);
+                    if (tap_column < 0 || tap_column >= KERNEL) continue;
+                    DCD_EACH (c, channels) sum[r][q][c] += w[tap_row * KERNEL + tap_column][c] * x[j][c];
+                }
         }
     }
 }
@@ -103,16 +90,13 @@ DCD_BODY void convolve_tile(const ConvolveParams& s, int64_t n, int first_channe
               valid_channels = smaller(channels, s.channels - channel);
     if (valid_channels <= 0) return;
     float w[taps][channels], bias[channels] = {};
-    DCD_UNROLL
-    for (int k = 0; k < taps; ++k) {
+    DCD_EACH (k, taps) {
         const auto pack =
             *reinterpret_cast<const Pack<float, channels>*>(weights + k * t.group + mine.channel);
-        DCD_UNROLL
-        for (int c = 0; c < channels; ++c) w[k][c] = pack.value[c];
+        DCD_EACH (c, channels) w[k][c] = pack.value[c];
     }
     if (s.bias.data) {
-        DCD_UNROLL
-        for (int c = 0; c < channels; ++c)
+        DCD_EACH (c, channels)
             if (c < valid_channels) bias[c] = read(s.bias, n * s.bias_sample + channel + c);
     }
     T* output = static_cast<T*>(const_cast<void*>(s.output.data)) + n * s.output.sample +
@@ -127,15 +111,13 @@ DCD_BODY void convolve_tile(const ConvolveParams& s, int64_t n, int first_channe
         const int row = place.row + patch_row * rows, column = place.column + patch_column * columns;
         if (row >= s.output.height || column >= s.output.width) continue;
         float sum[rows][columns][channels];
-        DCD_UNROLL
-        for (int r = 0; r < rows; ++r) DCD_UNROLL
-        for (int q = 0; q < columns; ++q) DCD_UNROLL
-        for (int c = 0; c < channels; ++c) sum[r][q][c] = bias[c];
+        DCD_EACH (r, rows)
+            DCD_EACH (q, columns)
+                DCD_EACH (c, channels) sum[r][q][c] = bias[c];
         const T* from = tile + tile_offset<T, LAST>(t, mine.channel, patch_row * input_step(MODE, rows),
                                                     patch_column * input_step(MODE, columns) + shift);
         patch_sums<T, LAST, KERNEL, MODE>(t, from, w, sum);
-        DCD_UNROLL
-        for (int r = 0; r < rows; ++r) {
+        DCD_EACH (r, rows) {
             const int y = row + r;
             if (y < 0 || y >= s.output.height) continue;
             T* to = output + int64_t{y} * s.output.row + int64_t{column} * s.output.column;
@@ -143,8 +125,7 @@ DCD_BODY void convolve_tile(const ConvolveParams& s, int64_t n, int first_channe
                                 ? residual + int64_t{y} * s.residual.row + int64_t{column} * s.residual.column
                                 : nullptr;
             if constexpr (LAST) {
-                DCD_UNROLL
-                for (int q = 0; q < columns; ++q)
+                DCD_EACH (q, columns)
                     if (column + q >= 0 && column + q < s.output.width)
                         store<T, channels>(sum[r][q], valid_channels, to + int64_t{q} * s.output.column,
                                            s.output.channel, s.output_pairs,
@@ -152,8 +133,7 @@ DCD_BODY void convolve_tile(const ConvolveParams& s, int64_t n, int first_channe
                                            s.residual.channel, s.residual_pairs, s.activation);
             } else {
                 float values[columns];
-                DCD_UNROLL
-                for (int q = 0; q < columns; ++q) values[q] = sum[r][q][0];
+                DCD_EACH (q, columns) values[q] = sum[r][q][0];
                 const bool before = column < 0;  // the first patch of a row in kUp
                 if (before) values[0] = values[1];
                 const int skipped = before ? 1 : 0;

@@ -8,7 +8,7 @@ namespace dcd::cuda::dw {
 
 template <class T, bool LAST, int KERNEL, Mode MODE>
 __global__ __launch_bounds__(kThreads,
-                             KERNEL == 7 ? 2 : 4) void sums_kernel(const __grid_constant__ SumsParams s) {
+                             kSumsBlocks<KERNEL>) void sums_kernel(const __grid_constant__ SumsParams s) {
     extern __shared__ __align__(16) char memory[];
     Team<Products<KERNEL * KERNEL, Arrangement<T, LAST>::kChannels>, kThreads> block;
     sums_block<T, LAST, KERNEL, MODE>(block, s, static_cast<int>(blockIdx.x), memory);

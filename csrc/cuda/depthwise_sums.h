@@ -106,28 +106,21 @@ DCD_BODY void add_products(const SumsParams& s, const SumsMemory<T, LAST, KERNEL
         const T* g_from = m.grad_tile + tile_offset<T, LAST>(s.grad_tiling, at.channel, patch_row * rows,
                                                              patch_column * columns + grad_shift);
         float g[rows][columns][channels];
-        DCD_UNROLL
-        for (int r = 0; r < rows; ++r) DCD_UNROLL
-        for (int q = 0; q < columns; ++q)
-            read_tile(g_from + tile_offset<T, LAST>(s.grad_tiling, 0, r, q), g[r][q]);
-        DCD_UNROLL
-        for (int y = 0; y < in_rows; ++y) {
+        DCD_EACH (r, rows)
+            DCD_EACH (q, columns) read_tile(g_from + tile_offset<T, LAST>(s.grad_tiling, 0, r, q), g[r][q]);
+        DCD_EACH (y, in_rows) {
             float x[in_columns][channels];
-            DCD_UNROLL
-            for (int j = 0; j < in_columns; ++j) read_tile(x_from + tile_offset<T, LAST>(t, 0, y, j), x[j]);
-            DCD_UNROLL
-            for (int r = 0; r < rows; ++r) {
+            DCD_EACH (j, in_columns) read_tile(x_from + tile_offset<T, LAST>(t, 0, y, j), x[j]);
+            DCD_EACH (r, rows) {
                 const int tap_row = tap_between(MODE, KERNEL, r, y);
                 if (tap_row < 0 || tap_row >= KERNEL) continue;
-                DCD_UNROLL
-                for (int q = 0; q < columns; ++q) DCD_UNROLL
-                for (int j = 0; j < in_columns; ++j) {
-                    const int tap_column = tap_between(MODE, KERNEL, q, j);
-                    if (tap_column < 0 || tap_column >= KERNEL) continue;
-                    DCD_UNROLL
-                    for (int c = 0; c < channels; ++c)
-                        mine.sum[tap_row * KERNEL + tap_column][c] += g[r][q][c] * x[j][c];
-                }
+                DCD_EACH (q, columns)
+                    DCD_EACH (j, in_columns) {
+                        const int tap_column = tap_between(MODE, KERNEL, q, j);
+                        if (tap_column < 0 || tap_column >= KERNEL) continue;
+                        DCD_EACH (c, channels)
+                            mine.sum[tap_row * KERNEL + tap_column][c] += g[r][q][c] * x[j][c];
+                    }
             }
         }
     }
@@ -146,26 +139,23 @@ DCD_BODY void collect(Block& block, const Tiling& t, const SumsMemory<T, LAST, K
         block.each([&](int thread, State& mine) {
             const ThreadPlace at = thread_place<T, LAST>(t, thread);
             if (at.member < half || at.member >= 2 * half) return;
-            DCD_UNROLL
-            for (int i = 0; i < taps; ++i) DCD_UNROLL
-            for (int c = 0; c < channels; ++c)
-                m.handed_over[(i * channels + c) * (kThreads / 2) + slot(at, half)] = mine.sum[i][c];
+            DCD_EACH (i, taps)
+                DCD_EACH (c, channels)
+                    m.handed_over[(i * channels + c) * (kThreads / 2) + slot(at, half)] = mine.sum[i][c];
         });
         block.each([&](int thread, State& mine) {
             const ThreadPlace at = thread_place<T, LAST>(t, thread);
             if (at.member >= half) return;
-            DCD_UNROLL
-            for (int i = 0; i < taps; ++i) DCD_UNROLL
-            for (int c = 0; c < channels; ++c)
-                mine.sum[i][c] += m.handed_over[(i * channels + c) * (kThreads / 2) + slot(at, half)];
+            DCD_EACH (i, taps)
+                DCD_EACH (c, channels)
+                    mine.sum[i][c] += m.handed_over[(i * channels + c) * (kThreads / 2) + slot(at, half)];
         });
     }
     block.each([&](int thread, State& mine) {
         const ThreadPlace at = thread_place<T, LAST>(t, thread);
         if (at.member > 0) return;
-        DCD_UNROLL
-        for (int i = 0; i < taps; ++i) DCD_UNROLL
-        for (int c = 0; c < channels; ++c) m.products[i * t.group + at.channel + c] = mine.sum[i][c];
+        DCD_EACH (i, taps)
+            DCD_EACH (c, channels) m.products[i * t.group + at.channel + c] = mine.sum[i][c];
     });
 }
 
@@ -275,9 +265,8 @@ DCD_BODY void sums_block(Block& block, const SumsParams& s, int index, char* mem
     block.each([&](int thread, State&) { open_sums(s, m, place, thread); });
     for (int64_t n = place.samples.begin; n < place.samples.end; ++n) {
         block.each([&](int thread, State& mine) {
-            DCD_UNROLL
-            for (int i = 0; i < taps; ++i) DCD_UNROLL
-            for (int c = 0; c < channels; ++c) mine.sum[i][c] = 0;
+            DCD_EACH (i, taps)
+                DCD_EACH (c, channels) mine.sum[i][c] = 0;
             for (int i = thread; i < latent * latent; i += kThreads)
                 m.phi[i] = read(s.factors.phi, n * latent * latent + i);
         });

@@ -61,8 +61,7 @@ DCD_BODY void load_tile(const Tiling& t, const Image& image, int64_t n, int chan
 template <class T, int CHANNELS>
 DCD_BODY void read_tile(const T* from, float (&value)[CHANNELS]) {
     const auto pack = *reinterpret_cast<const Pack<T, CHANNELS>*>(from);
-    DCD_UNROLL
-    for (int c = 0; c < CHANNELS; ++c) value[c] = to_float(pack.value[c]);
+    DCD_EACH (c, CHANNELS) value[c] = to_float(pack.value[c]);
 }
 
 // basis[a, t] = sum_b Phi_n[a, b] R[t, b], the same for all channels.

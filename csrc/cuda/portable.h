@@ -17,6 +17,8 @@
 #else
 #    define DCD_UNROLL_BY(count)
 #endif
+// for every i in [0, count), a constant: written out
+#define DCD_EACH(i, count) DCD_UNROLL for (int i = 0; i < (count); ++i)
 
 namespace dcd::cuda::dw {
 
