@@ -26,10 +26,12 @@ def can_run(input: Tensor, squeeze_weight: Tensor, *weights: Tensor) -> tuple[bo
 
 def supports(input: Tensor, squeeze_weight: Tensor, *weights: Tensor) -> tuple[bool, str]:
     """The part of `can_run` that does not depend on the machine."""
-    for name, tensor in (("input", input), ("the branch's weight", squeeze_weight)):
-        if tensor.dtype not in _DTYPES:
-            return False, f"{name} is {tensor.dtype}, not one of float32, bfloat16, float16"
-    if any(weight.dtype != squeeze_weight.dtype for weight in weights):
+    if input.dtype not in _DTYPES:
+        return False, f"input is {input.dtype}, not one of float32, bfloat16, float16"
+    dtype = squeeze_weight.dtype
+    if dtype not in _DTYPES:
+        return False, f"the branch's weight is {dtype}, not one of float32, bfloat16, float16"
+    if any(weight.dtype != dtype for weight in weights):
         return False, "the branch's weights have different dtypes"
     if input.device != squeeze_weight.device:
         return False, f"input is on {input.device}, the branch on {squeeze_weight.device}"

@@ -247,14 +247,21 @@ class DynamicBranch(nn.Module):
 
     def runs_fused(self, input: Tensor) -> tuple[bool, str]:
         """Whether ``forward(input)`` runs as the CUDA kernels of ``dcd_kernels.ops.branch``, and why not."""
+        return self._can_fuse(input, self.squeeze, self.gate, self.expand)
+
+    def _can_fuse(
+        self, input: Tensor, squeeze: nn.Linear, gate: nn.Linear | None, expand: nn.Linear
+    ) -> tuple[bool, str]:
+        # The layers are arguments because a module takes its time to find one.
         if self.pool_size is not None:
             return False, f"pool_size={self.pool_size}, these kernels pool to one number a channel"
         if self.dropout and self.training:
             return False, "dropout in training"
-        if not (_is_plain(self.squeeze) and _is_plain(self.gate) and _is_plain(self.expand)):
+        if not (_is_plain(squeeze) and _is_plain(gate) and _is_plain(expand)):
             return False, "an FC has hooks or is another class than nn.Linear"
-        gate = () if self.gate is None else (self.gate.weight,)
-        return kernels.can_run(input, self.squeeze.weight, self.expand.weight, *gate)
+        if gate is None:
+            return kernels.can_run(input, squeeze.weight, expand.weight)
+        return kernels.can_run(input, squeeze.weight, expand.weight, gate.weight)
 
     def forward(self, input: Tensor, sums: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         if input.dim() < 2 or input.shape[1] != self.in_channels:
@@ -269,19 +276,20 @@ class DynamicBranch(nn.Module):
             )
         if sums is not None:
             sums = self._checked_sums(input, sums)
+        squeeze, gate, expand = self.squeeze, self.gate, self.expand
+        if self._can_fuse(input, squeeze, gate, expand)[0]:
+            return self._fused(input, sums, squeeze, gate, expand)
         with _without_autocast(input.device.type):
-            if self.runs_fused(input)[0]:
-                return self._fused(input, sums)
             if sums is None:
                 pooled = _pool(input, self.pool_size)
             else:
                 pooled = sums.sum(1, dtype=_accumulator(input)) / input.shape[2:].numel()
-            hidden = _linear(self.squeeze, pooled)
-            if self.gate is not None:
-                hidden = hidden * _hardsigmoid2(_linear(self.gate, hidden))
+            hidden = _linear(squeeze, pooled)
+            if gate is not None:
+                hidden = hidden * _hardsigmoid2(_linear(gate, hidden))
             else:
                 hidden = GATES[self.gate_name](hidden)
-            logits = _linear(self.expand, hidden)
+            logits = _linear(expand, hidden)
             if self.dropout:
                 logits = F.dropout(logits, self.dropout, self.training)
             lam = phi = None
@@ -311,27 +319,33 @@ class DynamicBranch(nn.Module):
             )
         return sums.unsqueeze(1) if sums.dim() == 2 else sums
 
-    def _fused(self, input: Tensor, sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _fused(
+        self,
+        input: Tensor,
+        sums: Tensor | None,
+        squeeze: nn.Linear,
+        gate: nn.Linear | None,
+        expand: nn.Linear,
+    ) -> tuple[Tensor | None, Tensor | None]:
         from dcd_kernels.ops import branch as ops  # only there with the compiled extension
 
-        gate = self.gate
         lam, phi = ops.branch(
             ops.channel_sums(input) if sums is None else sums,
             1.0 / input.shape[2:].numel(),
-            self.squeeze.weight,
-            self.squeeze.bias,
+            squeeze.weight,
+            squeeze.bias,
             None if gate is None else gate.weight,
             None if gate is None else gate.bias,
-            self.expand.weight,
-            self.expand.bias,
+            expand.weight,
+            expand.bias,
             self.lam_channels,
             ops.GATES.index(self.gate_name),
             ops.LAM_ACTIVATIONS.index(self.lam_activation),
         )
-        return (
-            lam if self.lam_channels else None,
-            None if self.phi_shape is None else phi.unflatten(1, self.phi_shape),
-        )
+        if self.phi_shape is None:
+            return lam, None
+        # a reshape in one call, where unflatten is a function in Python
+        return lam if self.lam_channels else None, phi.view(phi.shape[0], *self.phi_shape)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, lam_channels={self.lam_channels}, phi_shape={self.phi_shape}"
