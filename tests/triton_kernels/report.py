@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/, which is not 
 import ahead
 import layers
 
+WIDTHS = (15, 34, 8, 54, 6, 3, 6, 5, 14, 60, 8, 8, 0)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -40,15 +42,14 @@ def main() -> int:
     chosen = [layer for layer in layers.LAYERS if str(layer) in given.layer]
     made = layers.launches(layers.calls(chosen, given.op, given.layout, given.dtype), every=given.every)
     made = [(call, launch) for call, launch in made if (given.kernel or "") in launch.kernel.fn.__name__]
-    rows = []
+    found = 0
     for call, result in layers.results(made, [ahead.TARGETS[name] for name in given.target]):
         row = ahead.row(result, wide=call.wide)
+        found += row[-1] != "-"
         if not given.problems or row[-1] != "-":
-            rows.append(row)
-        if sys.stderr.isatty():
-            print(f"\r{len(rows)} rows", end="", file=sys.stderr)
-    print(ahead.table(rows))
-    return any(row[-1] != "-" for row in rows)
+            # as it comes: all of them take minutes
+            print("  ".join(map(str.ljust, row, WIDTHS)), flush=True)
+    return found > 0
 
 
 if __name__ == "__main__":

@@ -69,8 +69,20 @@ def test_values(case, layout, launches):
     op_checks.values(case, torch.float32, layout, None)
 
 
-@pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Beside half-precision images lam, phi and bias are float32 under autocast, and half in a converted network.
+MIXED = [
+    pytest.param(layout, wide, id=f"{layout}-{'wide' if wide else 'half'}", marks=marks)
+    for layout, wide, marks in (
+        ("contiguous", True, ()),
+        ("channels_last", False, ()),
+        ("sliced", True, pytest.mark.full),
+        ("contiguous", False, pytest.mark.full),
+        ("channels_last", True, pytest.mark.full),
+    )
+]
+
+
+@pytest.mark.parametrize(("layout", "wide"), MIXED)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_values_half(case, dtype, layout, wide, launches):
@@ -89,20 +101,35 @@ def test_gradients(case, layout, launches):
     test_grad.check_values(case, torch.float32, layout, None)
 
 
-@pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize(("layout", "wide"), MIXED)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_gradients_half(case, dtype, layout, wide, launches):
     test_grad.check_values(case, dtype, layout, None, wide=wide)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", (LAYOUTS[0], pytest.param(LAYOUTS[1], marks=pytest.mark.full)))
 @pytest.mark.parametrize("case", WHOLE.values(), ids=name)
 def test_any_strides_of_the_gradient(case, layout, launches):
     test_grad.test_any_strides_of_the_gradient(case, layout, "relu")
 
 
+def test_subsets_of_the_returns(launches):
+    """Each alone, and each left out; all 64 under the `full` marker."""
+    for case in (test_grad.TINY[0], test_grad.TINY[4]):
+        op = getattr(torch.ops.dcd_kernels, case.op + "_backward")
+        factors = operands(case)[:6]
+        grad = torch.randn(case.batch, case.out_channels, *case.size)
+        full = op(grad, *factors, 0b111111)
+        for needs in (0, *(1 << i for i in range(6)), *(0b111111 ^ 1 << i for i in range(6))):
+            for index, (mine, right) in enumerate(zip(op(grad, *factors, needs), full, strict=True)):
+                if needs >> index & 1:
+                    torch.testing.assert_close(mine, right)
+                else:
+                    assert mine.shape == (0,)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("case", [case for case in test_grad.TINY if case.lam and case.op in WHOLE], ids=name)
 def test_each_subset_of_the_returns(case, launches):
     test_grad.test_each_subset_of_the_returns(case)
