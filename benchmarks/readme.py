@@ -17,6 +17,8 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 START = "<!-- numbers: rows written by benchmarks/ -->"
 END = "<!-- end of the numbers -->"
+GPU_START = "<!-- gpu numbers: rows written by benchmarks/gpu/ -->"
+GPU_END = "<!-- end of the gpu numbers -->"
 
 # What is compared: title, task, instruction set asked for, numerator, denominator.
 LINES = (
@@ -81,18 +83,54 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(rows: Sequence[dict]) -> str:
+    """What the rows of a GPU say about the bars, as Markdown; the newest device and commit stands for all."""
+    from .gpu import report
+
+    run = max((row for row in rows if row["device"] != "cpu"), key=lambda row: row["date"], default=None)
+    if run is None:
+        return report.NOT_YET
+    own = [row for row in rows if (row["device"], row["commit"]) == (run["device"], run["commit"])]
+    lines = ["| figure | bar | geometric mean | worst | |", "| --- | --- | --- | --- | --- |"]
+    for bar in report.BARS:
+        verdict, mean, worst, where = bar.verdict(own)
+        sign = "≤" if bar.at_most else "≥"
+        figures = ("–", "–") if mean is None else (f"**{mean:.2f}**", f"{worst:.2f} ({where})")
+        lines.append(
+            f"| {bar.label} | {bar.kind} {sign} {bar.limit:.2f} | {' | '.join(figures)} | {verdict} |"
+        )
+    lines += [
+        "",
+        f"- {run['device']}, driver {run['driver']}, torch {run['torch']}, Triton {run['triton']}, commit "
+        f"{run['commit'][:12]}, {run['date'][:10]}; a copy reaches {float(run['copy_gbs']):.0f} GB/s, read "
+        f"and written, a bf16 product {float(run['matmul_tflops']):.0f} TFLOP/s.",
+    ]
+    return "\n".join(lines)
+
+
+def replaced(text: str, start: str, end: str, table: str) -> str:
+    """`text` with what stands between two marker lines replaced."""
+    before, rest = text.split(start)
+    _, after = rest.split(end)
+    return f"{before}{start}\n{table}\n{end}{after}"
+
+
+def read(pattern: str) -> list[dict]:
+    """All rows of the result files that match."""
+    rows = []
+    for path in sorted(RESULTS.glob(pattern)):
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows.extend(csv.DictReader(stream))
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README differs")
     options = parser.parse_args(arguments)
-    rows = []
-    for path in sorted(RESULTS.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows.extend(csv.DictReader(stream))
     text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    wanted = f"{before}{START}\n{table(rows)}\n{END}{after}"
+    wanted = replaced(text, START, END, table(read("pointwise-*.csv")))
+    wanted = replaced(wanted, GPU_START, GPU_END, gpu_table(read("gpu-*.csv")))
     if options.check:
         return int(wanted != text)
     README.write_text(wanted, encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Entry of all benchmarks: `python benchmarks/run.py [pointwise] [options]`; `dcd_kernels bench` calls it."""
+"""Entry of all benchmarks: `python benchmarks/run.py [suite] [options]`; `dcd_kernels bench` calls it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 # name on the command line -> module with main(arguments); the first is the default
-SUITES = {"pointwise": "benchmarks.pointwise"}
+SUITES = {"pointwise": "benchmarks.pointwise", "gpu": "benchmarks.gpu"}
 
 
 def main(arguments: list[str]) -> int:

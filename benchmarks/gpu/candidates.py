@@ -160,7 +160,6 @@ def released_call(layout: str, compiled: bool):
     def build(operands: Operands) -> Call:
         function = released
         if compiled:
-            torch._dynamo.reset()
             function = torch.compile(released, dynamic=False, fullgraph=True, **COMPILE_OPTIONS)
         running = torch.zeros_like(operands.scale1), torch.ones_like(operands.scale1)
 

@@ -12,7 +12,7 @@ from ..candidates import FORWARD, OURS, STATIC, TRAINING
 from ..cases import Case
 from ..suite import REFUSED, RIGHT, WRONG
 from . import cases
-from .candidates import COPY, Candidate, candidates
+from .candidates import COMPILED, COPY, Candidate, candidates
 from .timing import Block, Plan, Samples, measure, paired_ratio, peak_bytes
 from .verify import Truth, check
 
@@ -29,6 +29,8 @@ def run(
 ) -> list[dict]:
     """The rows of a unit."""
     operands = cases.make_operands(case, device, cases.sets_needed(case, cache_bytes))
+    if task == COMPILED:
+        torch._dynamo.reset()  # compilations of one function are limited, and every unit needs its own
     truths: dict[str, Truth] = {}
     rows: dict[str, dict] = {}
     blocks: dict[str, Block] = {}
