@@ -49,7 +49,7 @@ def can_run(
     if not input.is_cpu:
         return False, f"input is on {input.device}, these kernels run on the CPU"
     if op not in _KERNELS:
-        return False, f"{op} has no compiled CPU kernel"
+        return False, "the moments of a latent have no compiled CPU kernel"
     if input.dtype not in _DTYPES:
         return False, f"{input.dtype} is not one of float32, float64, bfloat16, float16"
     return True, "CPU tensors of a supported dtype"

@@ -55,7 +55,7 @@ def can_run(
 ) -> tuple[bool, str]:
     """Whether the CUDA kernels take a checked call, and why not; arguments as for the CPU backend."""
     if op != "depthwise":
-        return False, f"{op} has no CUDA kernel"
+        return False, "only the depthwise convolution has a CUDA kernel"
     reason = obstacle(input)
     if reason:
         return False, reason
@@ -74,7 +74,7 @@ def supports(
 ) -> tuple[bool, str]:
     """The part of `can_run` that does not depend on the machine."""
     if op != "depthwise":
-        return False, f"{op} has no CUDA kernel"
+        return False, "only the depthwise convolution has a CUDA kernel"
     if input.dtype not in _DTYPES:
         return False, f"{input.dtype} is not one of float32, bfloat16, float16"
     if input.dim() != 4:

@@ -77,7 +77,7 @@ def supports(
 ) -> tuple[bool, str]:
     """The part of `can_run` that does not depend on the machine."""
     if op not in _KERNELS:
-        return False, f"{op} has no Triton kernel"
+        return False, "the depthwise convolution has no Triton kernel"
     if input.dtype not in _DTYPES:
         return False, f"{input.dtype} is not one of float32, bfloat16, float16"
     latent = weight.shape[1] if op == "moments" else 0 if phi is None else latent_channels(phi)
