@@ -33,6 +33,7 @@ struct BranchParams {
 
 constexpr int kBranchThreads = 256;
 constexpr int kBranchWarps = kBranchThreads / kWarp;
+constexpr int kBranchMaxRanks = 8;  // blocks of a cluster: every device that has clusters takes so many
 constexpr int kBranchRows =
     4;  // of a matrix, that a warp multiplies at a time: each vector is read once for all
 
@@ -70,7 +71,7 @@ inline BranchPlan plan_branch(const BranchParams& s, int element_size, const Bra
     const bool gated = s.gate_code == kGateSE;
     BranchPlan plan{};
     // 64 KB of fp32 weights are half a microsecond's reading for a block: below that, sharing costs more.
-    plan.ranks = device.clusters ? 8 : 1;
+    plan.ranks = device.clusters ? kBranchMaxRanks : 1;
     while (plan.ranks > 1 && int64_t{s.hidden} * (s.inputs + s.outputs) < int64_t{16384} * plan.ranks)
         plan.ranks /= 2;
     plan.columns = static_cast<int>(round_up((s.inputs + plan.ranks - 1) / plan.ranks, 8));

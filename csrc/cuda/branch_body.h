@@ -151,6 +151,13 @@ DCD_BODY float bias_of(const void* bias, int i) {
     return bias ? to_float(load_one(static_cast<const E*>(bias) + i)) : 0.0f;
 }
 
+// Zeros from element `count` up to the stride of each sample's vector.
+template <class E, int SAMPLES>
+DCD_BODY void clear_behind(float* vectors, int count, int stride, int thread) {
+    for (int k = count + thread; k < stride; k += kBranchThreads)
+        for (int j = 0; j < SAMPLES; ++j) vectors[j * stride + slot<E>(k)] = 0.0f;
+}
+
 // lam, phi = f(expand · gate(squeeze · (scale · sums over T))), all in fp32.
 template <class E, int SAMPLES, class M>
 DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, float* shared) {
@@ -163,17 +170,22 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
     int columns = s.inputs - first_column;
     columns = columns < 0 ? 0 : columns < plan.columns ? columns : plan.columns;
 
-    for (int j = 0; j < SAMPLES; ++j) {
-        const int64_t n = first_sample + j;
-        const float* sums = s.sums + n * s.tiles * s.inputs + first_column;
-        for (int k = thread; k < plan.pooled_stride; k += kBranchThreads) {
-            float sum = 0.0f;
-            if (n < s.batch && k < columns) {
-                DCD_UNROLL_BY_4
-                for (int t = 0; t < s.tiles; ++t) sum += to_float(load_one(sums + int64_t{t} * s.inputs + k));
+    // All samples' sums are under way at once: this is the one place where the block waits for the memory.
+    for (int k = thread; k < plan.pooled_stride; k += kBranchThreads) {
+        float total[SAMPLES];
+        DCD_UNROLL
+        for (int j = 0; j < SAMPLES; ++j) total[j] = 0.0f;
+        if (k < columns) {
+            const float* sums = s.sums + first_sample * s.tiles * s.inputs + first_column + k;
+            for (int t = 0; t < s.tiles; ++t) {
+                DCD_UNROLL
+                for (int j = 0; j < SAMPLES; ++j)
+                    if (first_sample + j < s.batch)
+                        total[j] += load_one(sums + (int64_t{j} * s.tiles + t) * s.inputs);
             }
-            pooled[j * plan.pooled_stride + slot<E>(k)] = sum * s.scale;
         }
+        DCD_UNROLL
+        for (int j = 0; j < SAMPLES; ++j) pooled[j * plan.pooled_stride + slot<E>(k)] = total[j] * s.scale;
     }
     m.sync();
 
@@ -183,23 +195,24 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
                              [&](int row, int j, float product) { partial[j * s.hidden + row] = product; });
     m.sync_cluster();
 
-    for (int j = 0; j < SAMPLES; ++j) {
-        for (int k = thread; k < plan.hidden_stride; k += kBranchThreads) {
-            float unit = 0.0f;
-            if (k < s.hidden) {
-                for (int q = 0; q < plan.ranks; ++q) unit += m.of_rank(partial, q)[j * s.hidden + k];
-                unit = gate_activation(unit + bias_of<E>(s.squeeze_bias, k), s.gate_code);
-            }
-            units[j * plan.hidden_stride + slot<E>(k)] = unit;
-        }
+    for (int i = thread; i < SAMPLES * s.hidden; i += kBranchThreads) {
+        float parts[kBranchMaxRanks];
+        DCD_UNROLL
+        for (int q = 0; q < kBranchMaxRanks; ++q) parts[q] = q < plan.ranks ? m.of_rank(partial, q)[i] : 0.0f;
+        float unit = 0.0f;
+        DCD_UNROLL
+        for (int q = 0; q < kBranchMaxRanks; ++q) unit += parts[q];
+        const int j = i / s.hidden, k = i - j * s.hidden;
+        unit = gate_activation(unit + bias_of<E>(s.squeeze_bias, k), s.gate_code);
+        units[j * plan.hidden_stride + slot<E>(k)] = unit;
     }
+    clear_behind<E, SAMPLES>(units, s.hidden, plan.hidden_stride, thread);
     // of the cluster: no block may end, and take its memory away, before the others have read it
     m.sync_cluster();
 
     if (s.gate_code == kGateSE) {
         float* gated = units + SAMPLES * plan.hidden_stride;
-        for (int k = s.hidden + thread; k < plan.hidden_stride; k += kBranchThreads)
-            for (int j = 0; j < SAMPLES; ++j) gated[j * plan.hidden_stride + slot<E>(k)] = 0.0f;
+        clear_behind<E, SAMPLES>(gated, s.hidden, plan.hidden_stride, thread);
         const Columns<E> gate{static_cast<const E*>(s.gate), s.hidden, s.hidden, s.hidden, plan.wide_gate};
         each_product<E, SAMPLES>(m, gate, 0, s.hidden, units, plan.hidden_stride,
                                  [&](int row, int j, float product) {
