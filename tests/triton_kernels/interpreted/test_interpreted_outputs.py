@@ -41,7 +41,9 @@ def test_pooled_output(case, dtype, layout, launches):
     output, sums = entry.pointwise_pooled(*tensors, ACTIVATIONS[case.activation])
     truth, plain = given.truth(case, tensors), given.plain(case, tensors)
     assert_close_to_truth(output, plain, truth)
-    assert_close_to_truth(sums, plain.float().flatten(2).sum(2), truth.flatten(2).sum(2), "sums")
+    # sums of what was rounded on the way, for all that they are float32
+    eps = torch.finfo(dtype).eps
+    assert_close_to_truth(sums, plain.float().flatten(2).sum(2), truth.flatten(2).sum(2), "sums", eps)
 
 
 @pytest.mark.parametrize("shape", ((0, 3, 7), (2, 0, 7)), ids=str)
