@@ -249,7 +249,7 @@ def progress(task: str, case, made: list[dict], seconds: float) -> str:
     times = [(row["group"], row["p50_us"]) for row in made if row.get("p50_us")]
     best = {group: min((time for own, time in times if own == group), default=None) for group in groups}
     cells = ", ".join(f"{group} {'-' if time is None else f'{time:.1f}'}" for group, time in best.items())
-    return f"{seconds:5.0f} s  {task:<18}{case.name:<24}µs: {cells}"
+    return f"{seconds:5.0f} s  {task:<18}{case.name:<26} µs: {cells}"
 
 
 def summarise(rows, with_cases: bool) -> int:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PART = 80  # tests a process
-GRACE = 90.0  # seconds for the test that is running when the time is spent
+GRACE = 60.0  # seconds for the test that is running when the time is spent
 LATE = "not run: the time of this run is spent"
 
 
@@ -50,7 +50,7 @@ class Outcome:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python tests/gpu/run.py", description=__doc__)
     made.add_argument("--device", default="cuda", help="cuda, or cpu for the rehearsal")
-    made.add_argument("--minutes", type=float, default=9.0, help="start no test after that (default 9)")
+    made.add_argument("--minutes", type=float, default=8.0, help="start no test after that (default 8)")
     made.add_argument("--jobs", type=int, help="processes at once (default: by cores, 8 at most)")
     made.add_argument("--logs", type=pathlib.Path, help="folder for the output of every part")
     made.add_argument("-k", dest="keyword", default="", help="as in pytest")

@@ -289,9 +289,11 @@ def test_more_elements_than_an_int_counts(form, layout, device):
     try:
         with torch.no_grad():
             output = dcd.dcd_conv2d(input, *factors, **options)
+    except torch.OutOfMemoryError:
+        pytest.skip("other processes took the memory meanwhile")
     except (RuntimeError, ValueError) as error:
         # what is refused must be refused for its size
-        assert any(text in str(error) for text in ("2**31", "2^31", "elements", "memory", "large")), error
+        assert any(text in str(error) for text in ("2**31", "2^31", "elements", "large")), error
         return
     for rows in (slice(0, strip), slice(SIDE - strip, SIDE)):
         inner = slice(max(0, rows.start - 1), min(SIDE, rows.stop + 1))
