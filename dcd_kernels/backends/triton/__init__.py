@@ -6,7 +6,9 @@ Importing this package imports neither Triton nor a kernel; :func:`register` doe
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -149,4 +151,17 @@ def register(library: torch.library.Library) -> None:
         "apply_backward",
         "latent_moments",
     ):
-        library.impl(name, getattr(entry, name), "CUDA")
+        library.impl(name, _on_its_device(getattr(entry, name)), "CUDA")
+
+
+def _on_its_device(entry: Callable) -> Callable:
+    """``entry`` with the device of its first tensor as the current one, where kernels start and are timed."""
+
+    @functools.wraps(entry)
+    def call(first: Tensor, *rest):
+        if first.device.index == torch.cuda.current_device():
+            return entry(first, *rest)
+        with torch.cuda.device(first.device):
+            return entry(first, *rest)
+
+    return call

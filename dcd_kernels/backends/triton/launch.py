@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...ops.fakes import is_channels_last
@@ -30,18 +28,9 @@ class Image(NamedTuple):
 def launch(
     kernel, grid: tuple[int, ...], arguments: dict[str, object], num_warps: int, num_stages: int
 ) -> None:
-    """Starts a kernel on its tensors' device, in the current stream there; an empty grid starts nothing."""
-    if not math.prod(grid):
-        return
-    with _device_of(arguments):
+    """Starts a kernel in the current stream of the current device; an empty grid starts nothing."""
+    if math.prod(grid):
         kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
-
-
-def _device_of(arguments: dict[str, object]) -> contextlib.AbstractContextManager:
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def pixels_of(tensor: Tensor) -> int:

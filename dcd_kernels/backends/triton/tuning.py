@@ -7,6 +7,7 @@ Environment: ``DCD_KERNELS_TUNE=0`` measures nothing and takes each kernel's fir
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -66,21 +67,26 @@ def choose(kernel: str, key: tuple, candidates: Sequence[Config], run: Callable[
 
 
 def fitting(
-    candidates: Sequence[Config], m: int, n: int, k: int, columns: int = 0, rows: int = 0
-) -> list[Config]:
+    candidates: tuple[Config, ...], m: int, n: int, k: int, columns: int = 0, rows: int = 0
+) -> tuple[Config, ...]:
     """The best three of the candidates that are no wider in any direction than what they cover.
 
     Best are those that give every multiprocessor a tile of ``rows`` × ``columns`` (where given), and of those
     the largest; beyond the first candidate's size a larger tile is worth a trial, but not a first choice.
     """
+    return _fitting(candidates, m, n, k, columns, rows, MULTIPROCESSORS)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fitting(candidates, m, n, k, columns, rows, multiprocessors) -> tuple[Config, ...]:
     widest = [max(16, bucket(size)) for size in (m, n, k)]
     fits = [c for c in candidates if all(own <= most for own, most in zip(c[:3], widest, strict=True))]
 
     def rank(config: Config) -> tuple[int, int]:
         tiles = -(-rows // config.block_m) * -(-columns // config.block_n) if rows else 0
-        return -min(tiles, MULTIPROCESSORS), -math.prod(map(min, config[:3], candidates[0][:3]))
+        return -min(tiles, multiprocessors), -math.prod(map(min, config[:3], candidates[0][:3]))
 
-    return sorted(fits, key=rank)[:_TRIED]
+    return tuple(sorted(fits, key=rank)[:_TRIED])
 
 
 def bucket(count: int) -> int:
