@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import pathlib
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,3 +287,59 @@ def test_files_are_named_by_device_and_commit():
     assert (
         command.file_name({"device": "NVIDIA H200", "commit": "0123+"}) == "gpu-nvidia-h200-0123-edited.csv"
     )
+
+
+class FakeCuda:
+    """Stands for torch.cuda's streams, events and graphs: replays count, and a clock ticks with each call."""
+
+    def __init__(self, monkeypatch, captures: bool):
+        self.captures, self.replays, self.now = captures, 0, 0.0
+        self.capturing = False
+        for name, value in {
+            "Stream": self.stream_like,
+            "current_stream": self.stream_like,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "set_stream": lambda stream: None,
+            "synchronize": lambda: None,
+            "CUDAGraph": lambda: self,
+            "graph": self.graph,
+            "Event": self.event,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def stream_like(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        assert graph is self
+        self.capturing = True
+        yield
+        self.capturing = False
+
+    def replay(self):
+        self.replays += 1
+        self.now += 3.0
+
+    def event(self, enable_timing):
+        made = SimpleNamespace(at=0.0, synchronize=lambda: None)
+        made.record = lambda: setattr(made, "at", self.now)
+        made.elapsed_time = lambda end: end.at - made.at  # milliseconds
+        return made
+
+    def call(self, i):
+        if self.capturing and not self.captures:
+            self.capturing = False
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.now += 1.0
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize("captures", (True, False))
+def test_calls_are_captured_where_they_can_be(captures, monkeypatch):
+    fake = FakeCuda(monkeypatch, captures)
+    block = timing.Block(fake.call, 3, torch.device("cuda"))
+    assert block.clock == (timing.GRAPH if captures else timing.EVENTS)
+    taken = timing.measure({"it": block}, timing.Plan(seconds=0.0, min_rounds=2))["it"]
+    assert taken.seconds == pytest.approx([1e-3] * 2)  # three milliseconds a block of three calls, either way
+    assert (fake.replays > 0) == captures

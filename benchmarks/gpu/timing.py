@@ -74,11 +74,14 @@ class Block:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         if capture:
+            before = torch.cuda.current_stream()
             try:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     kept = every()
             except RuntimeError:
+                # the end of a capture that failed raises too, and leaves its stream behind
+                torch.cuda.set_stream(before)
                 torch.cuda.synchronize()
             else:
                 self.kept = kept  # outputs that live at addresses of their own
