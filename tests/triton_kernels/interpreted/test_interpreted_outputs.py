@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from dataclasses import replace
 
 import pytest
@@ -16,7 +19,9 @@ import torch
 from cases import assert_close_to_truth, in_layout
 from operands import HALF, LAYOUTS, Case, operands
 from patching import replaced
+from triton.runtime.interpreter import InterpretedFunction
 
+import dcd_kernels.backends.triton as package
 from dcd_kernels.backends.triton import entry, tuning
 from dcd_kernels.checks import ACTIVATIONS
 
@@ -37,6 +42,10 @@ POOLED = [
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
 @pytest.mark.parametrize("case", POOLED, ids=str)
 def test_pooled_output(case, dtype, layout, launches):
+    check_pooled(case, dtype, layout)
+
+
+def check_pooled(case: Case, dtype: torch.dtype, layout: str) -> None:
     tensors = operands(case, dtype, layout)
     output, sums = entry.pointwise_pooled(*tensors, ACTIVATIONS[case.activation])
     truth, plain = given.truth(case, tensors), given.plain(case, tensors)
@@ -96,6 +105,49 @@ def test_latent_moments(shape, dtype, layout, shift, launches):
         allowed += 4 * torch.finfo(torch.float32).eps * torch.linalg.vector_norm(right).item()
         allowed += 4 * torch.finfo(torch.float32).eps * torch.linalg.vector_norm(scale).item()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+# Few channels on maps of many pixels: W_n is made on chip
+SYNTHESISED = [
+    Case("pointwise", 2, 24, 40, 4, (33, 32), "relu6", bias="sample", residual=True),
+    Case("pointwise", 1, 3, 20, 11, (1100,), lam=False, bias="shared"),
+    Case("pointwise", 1, 100, 70, 33, (32, 32), "silu"),
+    Case("pointwise", 2, 12, 20, 3, (37, 31), "relu", blocks=4, bias="shared"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+@pytest.mark.parametrize("case", SYNTHESISED, ids=str)
+def test_synthesised_weights(case, dtype, layout, launches):
+    op_checks.values(case, dtype, layout, None, wide=dtype != torch.float32)
+    assert {kernel for kernel, _ in launches} == {"synthesised"}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+def test_pooled_output_of_synthesised_weights(dtype, launches):
+    for layout in LAYOUTS[:2]:
+        check_pooled(SYNTHESISED[0], dtype, layout)
+    assert {kernel for kernel, _ in launches} == {"synthesised"}
+
+
+def test_every_kernel_is_interpreted(launches):
+    """By the calls here alone; a kernel that none of them reaches needs a case above."""
+    op_checks.values(SYNTHESISED[1], torch.float32, "contiguous", None)
+    for case in (*TILED, replace(TILED[1], batch=33)):
+        test_grad.check_values(replace(case, activation=None), torch.float32, "contiguous", None)
+    entry.latent_moments(torch.randn(2, 3, 4), torch.randn(3, 2))
+    assert {kernel for kernel, _ in launches} == kernels()
+
+
+def kernels() -> set[str]:
+    """Those that are launched: what has a program's number."""
+    found = set()
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, InterpretedFunction) and "program_id" in inspect.getsource(value.fn):
+                found.add(value.fn.__name__)
+    return found
 
 
 TILED = [
