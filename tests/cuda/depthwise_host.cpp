@@ -217,19 +217,6 @@ const char* host_sums(const Given* given, const Parameter* parameters, const Giv
     });
 }
 
-// How many of n in [0, count) and of the largest numbers Divider gets wrong.
-int64_t host_wrong_divisions(int divisor, int count) {
-    int64_t wrong = 0;
-    const Divider by(divisor);
-    const auto check = [&](int n) {
-        const int quotient = by.divide(n);
-        wrong += quotient != n / divisor || by.remainder(n, quotient) != n % divisor;
-    };
-    for (int n = 0; n < count; ++n) check(n), check(0x7fffffff - n);
-    for (int64_t n = divisor; n < 0x7fffffff; n += int64_t{divisor} * (0x7fffffff / divisor / 1000 + 1))
-        check(static_cast<int>(n - 1)), check(static_cast<int>(n));
-    return wrong;
-}
 float host_rounded(float x, int type) {
     return type == kHalf ? dcd::to_float(rounded<dcd::Half>(x)) : dcd::to_float(rounded<dcd::BFloat>(x));
 }

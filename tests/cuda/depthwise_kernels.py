@@ -63,7 +63,7 @@ def build(folder: Path) -> ctypes.CDLL:
     for name in ("host_convolve", "host_input_gradient", "host_sums"):
         getattr(host, name).restype = ctypes.c_char_p
     host.host_tensor.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
-    host.host_wide_reads.restype = host.host_wrong_divisions.restype = ctypes.c_int64
+    host.host_wide_reads.restype = ctypes.c_int64
     host.host_rounded.restype = ctypes.c_float
     host.host_rounded.argtypes = [ctypes.c_float, ctypes.c_int]
     return host

@@ -116,3 +116,46 @@ def test_the_order_of_threads_is_immaterial(host, layout):
             runs.append([output, *kernels.backward(host, case, tensors, grad, backwards=backwards)])
         for first, second in zip(*runs, strict=True):
             assert torch.equal(first, second)
+
+
+def test_rounding_of_the_tests_themselves(host):
+    values = torch.randn(2000) * torch.logspace(-9, 5, 2000)
+    ties = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 65519.0, 65520.0, 2**-25, 0.0])
+    for value in torch.cat([values, ties, -ties]).tolist():
+        for dtype, code in ((torch.float16, 1), (torch.bfloat16, 2)):
+            assert host.host_rounded(value, code) == torch.tensor(value).to(dtype).item(), (value, dtype)
+
+
+WIDE = {
+    # (channels, size, layout) -> elements of float16 that are copied at once
+    (32, (8, 7), "channels_last"): 8,
+    (24, (5, 5), "channels_last"): 8,
+    (12, (5, 5), "channels_last"): 4,
+    (9, (5, 5), "channels_last"): 1,
+    (5, (6, 56), "contiguous"): 8,
+    (5, (6, 28), "contiguous"): 4,
+    (5, (6, 14), "contiguous"): 2,
+    (5, (7, 7), "contiguous"): 1,
+    (8, (8, 8), "sliced"): 1,
+}
+
+
+@pytest.mark.parametrize("kind", WIDE, ids=str)
+def test_copies_are_as_wide_as_the_layout_allows(host, kind):
+    channels, size, layout = kind
+    case = _case(2, channels, 4, size, 3)
+    _, plan = kernels.convolve(host, case, operands(case, torch.float16, layout))
+    assert plan[0] == WIDE[kind]
+    bytes_of_input = 2 * case.batch * channels * size[0] * size[1]
+    if WIDE[kind] == 8:
+        assert host.host_wide_reads() >= bytes_of_input // 16
+    else:
+        assert host.host_wide_reads() == 0
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_sums_are_split_over_samples_and_tiles(host, layout):
+    """Few samples of large images, many samples of small ones: always blocks for a whole device."""
+    for batch, size in ((1, (90, 90)), (40, (5, 5))):
+        case = _case(batch, 3, 2, size, 3)
+        _backward(host, case, torch.float32, layout)
