@@ -12,15 +12,18 @@ namespace {
 constexpr int64_t kPlainShared = 48 * 1024;
 constexpr int kKnownDevices = 64;
 
+// As many blocks of a processor as the registers of this kernel allow without spills.
 template <class E, int SAMPLES>
-__global__ void __launch_bounds__(kBranchThreads, SAMPLES >= 8 ? 1 : 2)
+constexpr int kResident = SAMPLES <= (sizeof(E) == 4 ? 4 : 1) ? 2 : 1;
+
+template <class E, int SAMPLES>
+__global__ void __launch_bounds__(kBranchThreads, kResident<E, SAMPLES>)
     branch_kernel(BranchParams s, BranchPlan plan) {
     extern __shared__ Four shared[];
     branch<E, SAMPLES>(Machine{plan.ranks}, s, plan, &shared[0].x);
 }
 
-// Clusters need both the device and code that was compiled for one: on later devices that may be an older
-// PTX.
+// Clusters need a device that has them and code that was compiled for one: a later device may run older PTX.
 template <class E>
 bool can_cluster(int device, int major) {
     static std::atomic<int> known[kKnownDevices];  // 0: not asked yet

@@ -34,8 +34,11 @@ struct BranchParams {
 constexpr int kBranchThreads = 256;
 constexpr int kBranchWarps = kBranchThreads / kWarp;
 constexpr int kBranchMaxRanks = 8;  // blocks of a cluster: every device that has clusters takes so many
-constexpr int kBranchRows =
-    4;  // of a matrix, that a warp multiplies at a time: each vector is read once for all
+// A group of lanes multiplies so many rows of a matrix at a time: each vector is read once for all of them.
+constexpr int kBranchRows = 4;
+// Lanes of a group: a warp where rows are long and few (squeeze), less where they are short and many (gate,
+// expand).
+constexpr int kLongRow = kWarp, kShortRow = 8;
 
 struct BranchPlan {
     int samples;        // of a cluster: 1, 4, 8 or 16
@@ -76,8 +79,8 @@ inline BranchPlan plan_branch(const BranchParams& s, int element_size, const Bra
         plan.ranks /= 2;
     plan.columns = static_cast<int>(round_up((s.inputs + plan.ranks - 1) / plan.ranks, 8));
     plan.rows = static_cast<int>(round_up((s.outputs + plan.ranks - 1) / plan.ranks, kBranchRows));
-    plan.pooled_stride = static_cast<int>(round_up(plan.columns, kWarp * vector));
-    plan.hidden_stride = static_cast<int>(round_up(s.hidden, kWarp * vector));
+    plan.pooled_stride = static_cast<int>(round_up(plan.columns, kLongRow * vector));
+    plan.hidden_stride = static_cast<int>(round_up(s.hidden, kShortRow * vector));
     const auto wide = [&](const void* matrix, int columns) {
         return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && columns % vector == 0;
     };

@@ -13,46 +13,47 @@ struct alignas(16) Four {
 };
 
 // Where element k of a vector lies in shared memory. A lane multiplies kVector<E> neighbouring elements,
-// which it reads in fours; the first fours of all lanes lie side by side, then the second ones, so that the
-// lanes' reads fall into different banks. Fours that stay where they are for 4-byte weights.
-template <class E>
+// which it reads in fours; the first fours of a group's lanes lie side by side, then the second ones, so that
+// the lanes' reads fall into different banks. For 4-byte weights every element stays where it is.
+template <class E, int LANES>
 DCD_INDEX int slot(int k) {
-    constexpr int v = kVector<E>, chunk = kWarp * v;
+    constexpr int v = kVector<E>, chunk = LANES * v;
     const int within = k % chunk;
-    return k - within + within % v / 4 * (4 * kWarp) + within / v * 4 + within % 4;
+    return k - within + within % v / 4 * (4 * LANES) + within / v * 4 + within % 4;
 }
 
-// The products that a warp has after one pass over its rows: of row r and sample j at [r * SAMPLES + j].
+// The products that a lane has after one pass over its group's rows: of row r and sample j at [r * SAMPLES +
+// j].
 template <int SAMPLES>
 constexpr int kProducts = kBranchRows * SAMPLES;
 
-// After add_up, lane l has the totals of products first_product(l), … (kOwned of them); of lanes that have
-// the same ones, the first is the owner.
-template <int COUNT>
-constexpr int kOwned = COUNT > kWarp ? COUNT / kWarp : 1;
+// After add_up, a lane has the totals of its group's products first_product(lane), … (kOwned of them); of
+// lanes that have the same ones, the first is the owner.
+template <int COUNT, int LANES>
+constexpr int kOwned = COUNT > LANES ? COUNT / LANES : 1;
 
-template <int COUNT>
+template <int COUNT, int LANES>
 DCD_INDEX int first_product(int lane) {
     int first = 0, count = COUNT;
-    for (int apart = kWarp / 2; apart && count > 1; apart /= 2) {
+    for (int apart = LANES / 2; apart && count > 1; apart /= 2) {
         count /= 2;
         if (lane & apart) first += count;
     }
     return first;
 }
 
-template <int COUNT>
+template <int COUNT, int LANES>
 DCD_INDEX bool owns_products(int lane) {
-    return COUNT >= kWarp || lane % (kWarp / (COUNT < kWarp ? COUNT : kWarp)) == 0;
+    return COUNT >= LANES || lane % (LANES / (COUNT < LANES ? COUNT : LANES)) == 0;
 }
 
-// Sums over the warp's lanes. At each step two lanes share their products: each keeps one half and sends the
-// other, which takes a sixth of the exchanges that a sum for each product would.
-template <int COUNT, class M>
+// Sums over a group's lanes. At each step two lanes share their products: each keeps one half and sends the
+// other, which takes a fraction of the exchanges that a sum for each product would.
+template <int LANES, int COUNT, class M>
 DCD_BODY void add_up(const M& m, float (&products)[COUNT], int lane) {
     int count = COUNT;
     DCD_UNROLL
-    for (int apart = kWarp / 2; apart; apart /= 2) {
+    for (int apart = LANES / 2; apart; apart /= 2) {
         if (count > 1) {
             count /= 2;
             const bool upper = lane & apart;
@@ -79,8 +80,8 @@ struct Columns {
 };
 
 // One lane's share of the products of rows row, row + 1, … with every sample's vector, of which element k is
-// at vectors[j * stride + slot(k)] and those behind the last up to `stride` are zero.
-template <class E, int SAMPLES>
+// at vectors[j * stride + slot<E, LANES>(k)] and those behind the last up to `stride` are zero.
+template <class E, int SAMPLES, int LANES>
 DCD_BODY void multiply(const Columns<E>& matrix, int row, const float* vectors, int stride, int lane,
                        float (&products)[kProducts<SAMPLES>]) {
     constexpr int v = kVector<E>;
@@ -93,7 +94,7 @@ DCD_BODY void multiply(const Columns<E>& matrix, int row, const float* vectors, 
     }
     DCD_UNROLL
     for (int i = 0; i < kProducts<SAMPLES>; ++i) products[i] = 0.0f;
-    for (int chunk = 0; chunk < matrix.count; chunk += kWarp * v) {
+    for (int chunk = 0; chunk < matrix.count; chunk += LANES * v) {
         const int k = chunk + lane * v;
         float weights[kBranchRows][v];
         DCD_UNROLL
@@ -108,7 +109,7 @@ DCD_BODY void multiply(const Columns<E>& matrix, int row, const float* vectors, 
         }
         DCD_UNROLL
         for (int part = 0; part < v / 4; ++part) {
-            const float* at = vectors + chunk + part * (4 * kWarp) + lane * 4;
+            const float* at = vectors + chunk + part * (4 * LANES) + lane * 4;
             DCD_UNROLL
             for (int j = 0; j < SAMPLES; ++j) {
                 const Four x = *reinterpret_cast<const Four*>(at + j * stride);
@@ -126,20 +127,24 @@ DCD_BODY void multiply(const Columns<E>& matrix, int row, const float* vectors, 
     }
 }
 
-// store(row, sample, product) for rows first … last - 1 of a matrix, by the warps of the block in turn.
-template <class E, int SAMPLES, class M, class F>
+// store(row, sample, product) for rows first … last - 1 of a matrix, by the block's groups of lanes in turn.
+template <class E, int SAMPLES, int LANES, class M, class F>
 DCD_BODY void each_product(const M& m, const Columns<E>& matrix, int first, int last, const float* vectors,
                            int stride, const F& store) {
     constexpr int count = kProducts<SAMPLES>;
-    const int lane = m.thread() % kWarp, warp = m.thread() / kWarp;
-    for (int row = first + warp * kBranchRows; row < last; row += kBranchWarps * kBranchRows) {
+    constexpr int groups = kBranchThreads / LANES;
+    const int lane = m.thread() % LANES, group = m.thread() / LANES;
+    const int first_of_warp = first + m.thread() / kWarp * (kWarp / LANES * kBranchRows);
+    // the lanes of a warp exchange their sums together, so its groups go on as long as the first has a row
+    for (int done = 0; first_of_warp + done < last; done += groups * kBranchRows) {
+        const int row = first + group * kBranchRows + done;
         float products[count];
-        multiply<E, SAMPLES>(matrix, row, vectors, stride, lane, products);
-        add_up(m, products, lane);
-        if (!owns_products<count>(lane)) continue;
+        multiply<E, SAMPLES, LANES>(matrix, row, vectors, stride, lane, products);
+        add_up<LANES>(m, products, lane);
+        if (!owns_products<count, LANES>(lane)) continue;
         DCD_UNROLL
-        for (int i = 0; i < kOwned<count>; ++i) {
-            const int product = first_product<count>(lane) + i;
+        for (int i = 0; i < kOwned<count, LANES>; ++i) {
+            const int product = first_product<count, LANES>(lane) + i;
             const int r = row + product / SAMPLES;
             if (r < last) store(r, product % SAMPLES, products[i]);
         }
@@ -155,7 +160,7 @@ DCD_BODY float bias_of(const void* bias, int i) {
 template <class E, int SAMPLES>
 DCD_BODY void clear_behind(float* vectors, int count, int stride, int thread) {
     for (int k = count + thread; k < stride; k += kBranchThreads)
-        for (int j = 0; j < SAMPLES; ++j) vectors[j * stride + slot<E>(k)] = 0.0f;
+        for (int j = 0; j < SAMPLES; ++j) vectors[j * stride + slot<E, kShortRow>(k)] = 0.0f;
 }
 
 // lam, phi = f(expand · gate(squeeze · (scale · sums over T))), all in fp32.
@@ -185,14 +190,16 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
             }
         }
         DCD_UNROLL
-        for (int j = 0; j < SAMPLES; ++j) pooled[j * plan.pooled_stride + slot<E>(k)] = total[j] * s.scale;
+        for (int j = 0; j < SAMPLES; ++j)
+            pooled[j * plan.pooled_stride + slot<E, kLongRow>(k)] = total[j] * s.scale;
     }
     m.sync();
 
     const Columns<E> squeeze{static_cast<const E*>(s.squeeze) + first_column, s.inputs, s.hidden, columns,
                              plan.wide_squeeze};
-    each_product<E, SAMPLES>(m, squeeze, 0, s.hidden, pooled, plan.pooled_stride,
-                             [&](int row, int j, float product) { partial[j * s.hidden + row] = product; });
+    each_product<E, SAMPLES, kLongRow>(
+        m, squeeze, 0, s.hidden, pooled, plan.pooled_stride,
+        [&](int row, int j, float product) { partial[j * s.hidden + row] = product; });
     m.sync_cluster();
 
     for (int i = thread; i < SAMPLES * s.hidden; i += kBranchThreads) {
@@ -204,7 +211,7 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
         for (int q = 0; q < kBranchMaxRanks; ++q) unit += parts[q];
         const int j = i / s.hidden, k = i - j * s.hidden;
         unit = gate_activation(unit + bias_of<E>(s.squeeze_bias, k), s.gate_code);
-        units[j * plan.hidden_stride + slot<E>(k)] = unit;
+        units[j * plan.hidden_stride + slot<E, kShortRow>(k)] = unit;
     }
     clear_behind<E, SAMPLES>(units, s.hidden, plan.hidden_stride, thread);
     // of the cluster: no block may end, and take its memory away, before the others have read it
@@ -214,11 +221,11 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
         float* gated = units + SAMPLES * plan.hidden_stride;
         clear_behind<E, SAMPLES>(gated, s.hidden, plan.hidden_stride, thread);
         const Columns<E> gate{static_cast<const E*>(s.gate), s.hidden, s.hidden, s.hidden, plan.wide_gate};
-        each_product<E, SAMPLES>(m, gate, 0, s.hidden, units, plan.hidden_stride,
-                                 [&](int row, int j, float product) {
-                                     const int at = j * plan.hidden_stride + slot<E>(row);
-                                     gated[at] = se_gate(units[at], product + bias_of<E>(s.gate_bias, row));
-                                 });
+        each_product<E, SAMPLES, kShortRow>(
+            m, gate, 0, s.hidden, units, plan.hidden_stride, [&](int row, int j, float product) {
+                const int at = j * plan.hidden_stride + slot<E, kShortRow>(row);
+                gated[at] = se_gate(units[at], product + bias_of<E>(s.gate_bias, row));
+            });
         m.sync();
         units = gated;
     }
@@ -226,17 +233,17 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
     const Columns<E> expand{static_cast<const E*>(s.expand), s.hidden, s.outputs, s.hidden, plan.wide_expand};
     const int first_row = rank * plan.rows;
     const int last_row = first_row + plan.rows < s.outputs ? first_row + plan.rows : s.outputs;
-    each_product<E, SAMPLES>(m, expand, first_row, last_row, units, plan.hidden_stride,
-                             [&](int row, int j, float product) {
-                                 const int64_t n = first_sample + j;
-                                 if (n >= s.batch) return;
-                                 const float logit = product + bias_of<E>(s.expand_bias, row);
-                                 const int others = s.outputs - s.lam_channels;
-                                 if (row < s.lam_channels)
-                                     s.lam[n * s.lam_channels + row] = lam_activation(logit, s.lam_code);
-                                 else
-                                     s.phi[n * others + row - s.lam_channels] = logit;
-                             });
+    each_product<E, SAMPLES, kShortRow>(
+        m, expand, first_row, last_row, units, plan.hidden_stride, [&](int row, int j, float product) {
+            const int64_t n = first_sample + j;
+            if (n >= s.batch) return;
+            const float logit = product + bias_of<E>(s.expand_bias, row);
+            const int others = s.outputs - s.lam_channels;
+            if (row < s.lam_channels)
+                s.lam[n * s.lam_channels + row] = lam_activation(logit, s.lam_code);
+            else
+                s.phi[n * others + row - s.lam_channels] = logit;
+        });
 }
 
 }  // namespace dcd::cuda

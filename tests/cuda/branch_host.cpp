@@ -168,9 +168,11 @@ const char* host_branch(int element, const float* sums, float scale, const void*
 }
 
 // slots [columns] of the vectors' elements in shared memory
-void host_slots(int element, int columns, int* slots) {
+void host_slots(int element, int lanes, int columns, int* slots) {
     with_element(element, [&](auto zero) {
-        for (int k = 0; k < columns; ++k) slots[k] = slot<decltype(zero)>(k);
+        using E = decltype(zero);
+        for (int k = 0; k < columns; ++k)
+            slots[k] = lanes == kLongRow ? slot<E, kLongRow>(k) : slot<E, kShortRow>(k);
     });
 }
 }

@@ -296,16 +296,17 @@ def test_nan_stays_in_its_sample(host, rng):
                 assert np.isnan(out[4]).all() and np.isfinite(np.delete(out, 4, 0)).all()
 
 
-def test_slots_keep_the_lanes_apart(host):
+@pytest.mark.parametrize("lanes", [32, 8])
+@pytest.mark.parametrize(("element", "vector"), [("float32", 4), ("bfloat16", 8)])
+def test_slots_keep_the_lanes_apart(host, element, vector, lanes):
     """Reads of four numbers a lane: any eight lanes together touch every bank once."""
-    for element, vector in (("float32", 4), ("bfloat16", 8)):
-        count = 2 * 32 * vector
-        slots = np.zeros(count, np.int32)
-        host.host_slots(kernels.ELEMENTS[element], count, kernels.pointer(slots))
-        np.testing.assert_array_equal(np.sort(slots), np.arange(count))
-        for chunk in slots.reshape(2, 32, vector // 4, 4):
-            for part in range(vector // 4):
-                lanes = chunk[:, part]
-                assert (np.diff(lanes, axis=1) == 1).all() and (lanes[:, 0] % 4 == 0).all()
-                for eight in lanes.reshape(4, 8 * 4):
-                    assert len(set(eight % 32)) == 32
+    count = 2 * lanes * vector
+    slots = np.zeros(count, np.int32)
+    host.host_slots(kernels.ELEMENTS[element], lanes, count, kernels.pointer(slots))
+    np.testing.assert_array_equal(np.sort(slots), np.arange(count))
+    for chunk in slots.reshape(2, lanes, vector // 4, 4):
+        for part in range(vector // 4):
+            fours = chunk[:, part]
+            assert (np.diff(fours, axis=1) == 1).all() and (fours[:, 0] % 4 == 0).all()
+            for eight in fours.reshape(lanes // 8, 8 * 4):
+                assert len(set(eight % 32)) == 32
