@@ -57,6 +57,16 @@ def test_opcheck_backward(case, needs, device):
         op_checks.opcheck_backward(case, torch.bfloat16, layout, needs, wide=True, device=device)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_opcheck_of_sums(layout, device):
+    """The second outputs: pooled means and latent moments."""
+    case = WHOLE[0]
+    tensors = operands(case, torch.float32, layout, requires_grad=True, device=device)
+    given = (*tensors, ACTIVATIONS[case.activation])
+    torch.library.opcheck(torch.ops.dcd_kernels.pointwise_pooled.default, given)
+    torch.library.opcheck(torch.ops.dcd_kernels.latent_moments.default, (tensors[0], tensors[4]))
+
+
 def assert_alike(mine, right) -> None:
     assert (mine.shape, mine.dtype, mine.device) == (right.shape, right.dtype, right.device)
     eps = torch.finfo(right.dtype).eps
