@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ahead
@@ -135,12 +138,16 @@ def launches(wanted: Iterable[Call], *, every: bool = False) -> list[tuple[Call,
 def results(
     made: Iterable[tuple[Call, ahead.Launch]], targets: Iterable[ahead.Target]
 ) -> Iterator[tuple[Call, ahead.Result]]:
-    """Each compilation once, in the order of the calls."""
-    targets = list(targets)
-    seen = set()
-    for call, launch in made:
-        for target in targets:
-            name = ahead.key(launch, target)
-            if name not in seen:
-                seen.add(name)
-                yield call, ahead.compile_for(launch, target)
+    """Each compilation once, in the order of the calls; as many at a time as there are cores."""
+    wanted = {
+        ahead.key(launch, target): (call, launch, target) for target in targets for call, launch in made
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tasks = [
+            (call, pool.submit(ahead.compile_for, launch, target)) for call, launch, target in wanted.values()
+        ]
+        try:
+            for call, task in tasks:
+                yield call, task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -18,6 +18,10 @@ import dcd_kernels.backends.triton as kernels
 
 LAYER = layers.Layer(64, 256, 56)
 SMALL = layers.Layer(576, 160, 7)  # maps smaller than a tile
+# large and small maps, wide and narrow, channels that 16 does not divide
+OF_EACH_KIND = [
+    layers.Layer(*shape) for shape in ((16, 96, 112), (24, 144, 56), (384, 96, 14), (2048, 512, 7))
+]
 TARGETS = [
     pytest.param(
         target,
@@ -53,12 +57,34 @@ def test_the_other_layout_and_small_maps(op):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", layers.DTYPES)
+@pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("layout", layers.LAYOUTS)
 @pytest.mark.parametrize("op", layers.OPS)
-def test_all_configurations_on_all_layers(op, layout, dtype, target):
-    check(layers.calls(ops=[op], layouts=[layout], dtypes=[dtype]), target, every=True)
+def test_all_configurations_on_all_layers(op, layout, target):
+    check(layers.calls(ops=[op], layouts=[layout]), target, every=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [
+        *(
+            pytest.param("fp16", *target.values, id=f"fp16-{target.id}", marks=target.marks)
+            for target in NVIDIA
+        ),
+        *(
+            pytest.param("fp32", *target.values, id=f"fp32-{target.id}", marks=target.marks)
+            for target in NVIDIA
+        ),
+        pytest.param("bf16", ahead.TARGETS["gfx942"], id="bf16-gfx942"),
+    ],
+)
+@pytest.mark.parametrize("layout", layers.LAYOUTS)
+@pytest.mark.parametrize("op", layers.OPS)
+def test_first_configurations_in_other_types(op, layout, dtype, target):
+    """What runs untuned, on one layer of each kind."""
+    chosen = [layer for layer in layers.LAYERS if layer in OF_EACH_KIND]
+    check(layers.calls(chosen, [op], [layout], [dtype]), target)
 
 
 def test_every_kernel_is_launched_by_some_op():
