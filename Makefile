@@ -13,6 +13,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# where it is now: further down the virtual environment comes first on the path
+GPU_PYTHON := $(shell command -v $(PYTHON))
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 GPU_CHECK_ARGS ?=
@@ -51,16 +53,16 @@ bench: install
 
 # The user's own Python, not the virtual environment's: that one has torch for the CPU. Nothing is installed.
 gpu-check:
-	$(PYTHON) tests/gpu/run.py $(GPU_CHECK_ARGS)
+	$(GPU_PYTHON) tests/gpu/run.py $(GPU_CHECK_ARGS)
 
 gpu-bench:
-	$(PYTHON) -m benchmarks.gpu $(GPU_BENCH_ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_BENCH_ARGS)
 
 gpu:
 	@status=0; \
-	$(PYTHON) tests/gpu/run.py --minutes 3.5 $(GPU_CHECK_ARGS) || status=$$?; \
+	$(GPU_PYTHON) tests/gpu/run.py --minutes 3.5 $(GPU_CHECK_ARGS) || status=$$?; \
 	[ $$status -ne 2 ] || exit 2; \
-	$(PYTHON) -m benchmarks.gpu --minutes 4 $(GPU_BENCH_ARGS) || status=$$?; \
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes 4 $(GPU_BENCH_ARGS) || status=$$?; \
 	exit $$status
 
 lint: $(VENV)/.lint
