@@ -34,6 +34,7 @@ from triton.runtime.jit import create_function_from_signature
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what later versions do anyway, and 3.9 asks about
 
 KB = 1024
+MANY = 8  # narrow accesses of a thread at one place
 MATRIX_DTYPES = ("f16", "bf16", "tf32")
 
 
@@ -204,13 +205,21 @@ class Result:
         chosen = [a for a in self.accesses if a.kind == kind and (a.width >= self.target.wide) == wide]
         return sum(a.width * a.count for a in chosen)
 
-    def narrow(self, kind: str, most: int = 8) -> list[Access]:
-        """Tiles that are moved in many small pieces. Vectors do not count: threads share their elements."""
+    def narrow(self, kind: str) -> list[Access]:
+        """Tiles that are moved in many small pieces, and are much of what is moved.
+
+        Vectors do not count, threads share their elements; nor do the few numbers of a sample's Φ.
+        """
         tiles = _tile_accesses(self.asm["ttgir"])
+        everything = sum(a.width * a.count for a in self.accesses if a.kind == kind)
         return [
             a
             for a in self.accesses
-            if a.kind == kind and a.width < self.target.wide and a.count > most and a.place in tiles
+            if a.kind == kind
+            and a.place in tiles
+            and a.width < self.target.wide
+            and a.count > MANY
+            and a.width * a.count * 5 > everything
         ]
 
     def problems(self, *, wide: bool = False) -> list[str]:

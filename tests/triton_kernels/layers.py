@@ -139,9 +139,11 @@ def results(
     made: Iterable[tuple[Call, ahead.Launch]], targets: Iterable[ahead.Target]
 ) -> Iterator[tuple[Call, ahead.Result]]:
     """Each compilation once, in the order of the calls; as many at a time as there are cores."""
-    wanted = {
-        ahead.key(launch, target): (call, launch, target) for target in targets for call, launch in made
-    }
+    wanted: dict[str, tuple[Call, ahead.Launch, ahead.Target]] = {}
+    for target, (call, launch) in itertools.product(targets, made):
+        name = ahead.key(launch, target)
+        if name not in wanted or launch.untuned:  # of which more is asked
+            wanted[name] = (call, launch, target)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
             (call, pool.submit(ahead.compile_for, launch, target)) for call, launch, target in wanted.values()
