@@ -12,7 +12,7 @@ __global__ __launch_bounds__(kThreads,
                                          : 4) void convolve_kernel(const __grid_constant__ ConvolveParams s) {
     extern __shared__ __align__(16) char memory[];
     Team<NoState, kThreads> block;
-    convolve_block<T, LAST, KERNEL, MODE>(block, s, blockIdx.x, memory);
+    convolve_block<T, LAST, KERNEL, MODE>(block, s, static_cast<int>(blockIdx.x), memory);
 }
 
 template <class T, bool LAST, int KERNEL, Mode MODE>

@@ -148,14 +148,13 @@ DCD_BODY void convolve_tile(const ConvolveParams& s, int64_t n, int first_channe
 
 // Block `index` has one tile of one group of channels of one sample.
 template <class T, bool LAST, int KERNEL, Mode MODE, class Block>
-DCD_BODY void convolve_block(Block& block, const ConvolveParams& s, int64_t index, char* memory) {
+DCD_BODY void convolve_block(Block& block, const ConvolveParams& s, int index, char* memory) {
     constexpr int taps = KERNEL * KERNEL;
     const Tiling& t = s.tiling;
-    const int of_sample = t.tiles() * static_cast<int>(t.groups.divisor);
-    const int64_t n = index / of_sample;
-    const int rest = static_cast<int>(index - n * of_sample);
-    const int group = rest / t.tiles(), first_channel = group * t.group;
-    const TilePlace place = tile_place(t, rest - group * t.tiles());
+    const BlockPlace at = block_place(t, index);
+    const int64_t n = at.sample;
+    const int first_channel = at.group * t.group;
+    const TilePlace place = tile_place(t, at.tile);
     const int first_row = first_input(MODE, KERNEL, place.row, s.pad_rows);
     const int first_column = first_input(MODE, KERNEL, place.column, s.pad_columns);
     Shared shared{memory};
@@ -167,7 +166,7 @@ DCD_BODY void convolve_block(Block& block, const ConvolveParams& s, int64_t inde
         form_basis<taps>(s.factors, n, thread, basis);
     });
     block.each([&](int thread, NoState&) {
-        form_weights<taps>(s.factors, n, s.channels, first_channel, t.group, basis, thread, weights);
+        form_weights<taps>(s.factors, n, s.channels, first_channel, t.group_shift, basis, thread, weights);
         wait_for_copies();
     });
     block.each([&](int thread, NoState&) {

@@ -25,9 +25,12 @@ void complete(Tiling& t, int mode, int kernel, int channels, int patch_rows_in_a
     t.in_rows = input_extent(mode, kernel, t.rows), t.in_columns = input_extent(mode, kernel, t.columns);
     // not LAST: room for the shift, and no vector over the end of a row
     t.pitch = LAST ? t.in_columns : round_up(t.in_columns + t.vector - 1, t.vector);
+    t.group_shift = 0;
+    while (1 << t.group_shift < t.group) ++t.group_shift;
     t.groups = Divider(ceil_div(channels, t.group));
     t.row_tiles = Divider(ceil_div(patch_rows_in_all, t.rows / A::kPatchRows));
     t.column_tiles = Divider(ceil_div(patch_columns_in_all, t.columns / A::kPatchColumns));
+    t.image = Divider(t.tiles()), t.sample = Divider(t.tiles() * static_cast<int>(t.groups.divisor));
     t.patch_columns = Divider(t.columns / A::kPatchColumns);
     t.in_row_divider = Divider(t.in_rows);
     t.line = Divider(LAST ? t.in_columns : t.pitch / t.vector);

@@ -180,7 +180,7 @@ DCD_BODY void first_algebra(const SumsParams& s, const SumsMemory<T, LAST, KERNE
         write_global(s.d_lam + (place.tile_split * s.batch + n) * s.channels + channel, sum);
     }
     for (int i = thread; i < latent * group; i += kThreads) {
-        const int b = i / group, c = i & (group - 1);
+        const int b = i >> s.tiling.group_shift, c = i & (group - 1);
         float moment = 0, mixed = 0;
         for (int t = 0; t < taps; ++t) moment += m.products[t * group + c] * m.r[t * latent + b];
         for (int a = 0; a < latent; ++a) mixed += m.p[a * group + c] * m.phi[a * latent + b];
@@ -195,7 +195,7 @@ DCD_BODY void second_algebra(const SumsParams& s, const SumsMemory<T, LAST, KERN
     const int group = s.tiling.group, latent = s.factors.latent;
     if (s.d_p)
         for (int i = thread; i < latent * group; i += kThreads) {
-            const int a = i / group, c = i & (group - 1);
+            const int a = i >> s.tiling.group_shift, c = i & (group - 1);
             float sum = 0;
             for (int b = 0; b < latent; ++b) sum += m.moments[b * group + c] * m.phi[a * latent + b];
             m.d_p[i] += sum;
@@ -226,7 +226,7 @@ DCD_BODY void open_sums(const SumsParams& s, const SumsMemory<T, LAST, KERNEL>& 
     const int group = s.tiling.group, latent = s.factors.latent;
     for (int i = thread; i < taps * group; i += kThreads) m.d_weight[i] = 0;
     for (int i = thread; i < latent * group; i += kThreads) {
-        const int a = i / group, channel = place.first_channel + (i & (group - 1));
+        const int a = i >> s.tiling.group_shift, channel = place.first_channel + (i & (group - 1));
         m.p[i] = channel < s.channels ? read(s.factors.p, int64_t{channel} * latent + a) : 0.0f;
         m.d_p[i] = 0;
     }

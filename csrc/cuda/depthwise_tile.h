@@ -32,10 +32,10 @@ template <class T, bool LAST, int VECTOR>
 DCD_BODY void copy_pieces(const Tiling& t, const Image& image, int64_t n, int channels, int first_channel,
                           int first_row, int first_column, int thread, T* tile) {
     const T* sample = static_cast<const T*>(image.data) + n * image.sample;
-    const int shift = alignment_shift<LAST>(t, first_column), count = pieces(t);
+    const int shift = alignment_shift<LAST>(t, first_column), count = pieces(t, VECTOR);
     DCD_UNROLL_BY(4)
     for (int i = thread; i < count; i += kThreads) {
-        const Piece at = piece<T, LAST>(t, i, shift);
+        const Piece at = piece<T, LAST>(t, i, shift, VECTOR);
         copy_piece<T, LAST, VECTOR>(image, sample, channels, first_channel + at.channel, first_row + at.row,
                                     first_column + at.column, tile + at.target);
     }
@@ -79,10 +79,10 @@ DCD_BODY void form_basis(const Factors& f, int64_t n, int thread, float* basis /
 
 // weights[t, c] = W_n of the tile's channel c; zero behind the last channel.
 template <int TAPS>
-DCD_BODY void form_weights(const Factors& f, int64_t n, int channels, int first_channel, int group,
+DCD_BODY void form_weights(const Factors& f, int64_t n, int channels, int first_channel, int group_shift,
                            const float* basis, int thread, float* weights /* [taps, group] */) {
-    for (int i = thread; i < TAPS * group; i += kThreads) {
-        const int c = i & (group - 1), t = i / group, channel = first_channel + c;
+    for (int i = thread; i < TAPS << group_shift; i += kThreads) {
+        const int t = i >> group_shift, channel = first_channel + (i & ((1 << group_shift) - 1));
         const int tap = f.flip ? TAPS - 1 - t : t;
         float sum = 0;
         if (channel < channels) {

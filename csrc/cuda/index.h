@@ -23,7 +23,8 @@ namespace dcd::cuda::dw {
 
 enum Mode : int { kSame = 0, kDown = 1, kUp = 2 };
 
-constexpr int kThreads = 128;  // of a block
+constexpr int kThreadShift = 7;
+constexpr int kThreads = 1 << kThreadShift;  // of a block
 
 DCD_INDEX int smaller(int a, int b) {
     return a < b ? a : b;
@@ -58,7 +59,6 @@ struct Divider {
 };
 
 // --- where outputs meet inputs
-// -----------------------------------------------------------------------------------
 
 // The first input that the outputs from `o` on meet.
 DCD_INDEX int first_input(int mode, int kernel, int o, int pad) {
@@ -88,7 +88,6 @@ DCD_INDEX int lead_in(int mode, int pad) {
 }
 
 // --- how a block's threads divide a tile
-// -------------------------------------------------------------------------
 
 // LAST: neighbouring elements of a tile are channels (channels_last), 64 bytes of them for every pixel, and a
 // thread has the channels of four bytes. Otherwise they are columns of one channel.
@@ -104,13 +103,16 @@ struct Arrangement {
 
 // One image, cut into tiles; the same for all samples.
 struct Tiling {
-    int group;          // channels of a tile, a power of two
+    int group;  // channels of a tile, 1 << group_shift
+    int group_shift;
     int rows, columns;  // outputs of a tile, multiples of a patch
     int in_rows, in_columns;
     int pitch;                    // columns between the rows of a tile in shared memory
     int lead_rows, lead_columns;  // lead_in
     int vector;                   // elements copied at once
     Divider groups;               // of channels
+    Divider sample;               // blocks of a sample: tiles() * groups
+    Divider image;                // tiles()
     Divider row_tiles, column_tiles;
     Divider patch_columns;   // patches side by side in a tile
     Divider in_row_divider;  // in_rows
@@ -121,8 +123,17 @@ struct Tiling {
     DCD_INDEX int tile_elements() const { return group * in_rows * pitch; }
 };
 
-// The tile of block `index` among tiles() * groups of a sample: column tiles first, for neighbours share a
-// halo.
+// Block `index` of a convolution: tiles first, then groups of channels, then samples.
+struct BlockPlace {
+    int sample, group, tile;
+};
+DCD_INDEX BlockPlace block_place(const Tiling& t, int index) {
+    const int sample = t.sample.divide(index), rest = t.sample.remainder(index, sample);
+    const int group = t.image.divide(rest);
+    return {sample, group, t.image.remainder(rest, group)};
+}
+
+// Tile number `tile` of an image, side by side first, for neighbours share a halo.
 struct TilePlace {
     int row, column;  // first output, lead included: may be -1
 };
@@ -140,12 +151,11 @@ template <class T, bool LAST>
 DCD_INDEX ThreadPlace thread_place(const Tiling& t, int thread) {
     using A = Arrangement<T, LAST>;
     if (LAST) return {thread % A::kLanes * A::kChannels, thread / A::kLanes, kThreads / A::kLanes};
-    const int members = kThreads / t.group;
-    return {thread / members, thread & (members - 1), members};
+    const int shift = kThreadShift - t.group_shift;
+    return {thread >> shift, thread & ((1 << shift) - 1), 1 << shift};
 }
 
 // --- shared memory of a tile
-// ---------------------------------------------------------------------------------------
 
 // LAST: [row][column][channel]; else [channel][row][column], each row moved so that a column which is a
 // multiple of `vector` in the image is one here.
@@ -159,29 +169,29 @@ DCD_INDEX int alignment_shift(const Tiling& t, int first_column) {
     return LAST ? 0 : first_column - floor_to(first_column, t.vector);
 }
 
-// Vector `i` of the tile: where it lies in the tile and which element of the image is its first.
+// Vector `i` of the tile, `vector` elements long as the tiling says (a constant, where that is known): where
+// it lies in the tile and which element of the image is its first.
 struct Piece {
     int target;                // element of the tile
     int channel, row, column;  // in the tile; row and column count from the tile's first input
 };
 template <class T, bool LAST>
-DCD_INDEX Piece piece(const Tiling& t, int i, int shift) {
+DCD_INDEX Piece piece(const Tiling& t, int i, int shift, int vector) {
     if (LAST) {
-        const int parts = Arrangement<T, LAST>::kGroup / t.vector;  // a power of two
+        const int parts = Arrangement<T, LAST>::kGroup / vector;  // a power of two
         const int pixel = i / parts, part = i & (parts - 1);
         const int row = t.line.divide(pixel), column = t.line.remainder(pixel, row);
-        return {i * t.vector, part * t.vector, row, column};
+        return {i * vector, part * vector, row, column};
     }
     const int line = t.line.divide(i), part = t.line.remainder(i, line);
     const int channel = t.in_row_divider.divide(line), row = t.in_row_divider.remainder(line, channel);
-    return {i * t.vector, channel, row, part * t.vector - shift};
+    return {i * vector, channel, row, part * vector - shift};
 }
-DCD_INDEX int pieces(const Tiling& t) {
-    return t.tile_elements() / t.vector;
+DCD_INDEX int pieces(const Tiling& t, int vector) {
+    return t.tile_elements() / vector;
 }
 
 // --- how samples and tiles are shared out
-// ------------------------------------------------------------------------
 
 struct Range {
     int64_t begin, end;

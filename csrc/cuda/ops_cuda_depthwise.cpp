@@ -82,14 +82,16 @@ struct Held {
     }
 };
 
+void check_launch(int code) {
+    STD_TORCH_CHECK(code == 0, "a CUDA depthwise kernel could not be started: ", error_text(code));
+}
+
+// The stream to launch on, whose device is made the current one.
 void* current_stream(const Tensor& t) {
+    check_launch(use_device(t.get_device_index()));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     return stream;
-}
-
-void check_launch(int code) {
-    STD_TORCH_CHECK(code == 0, "a CUDA depthwise kernel could not be started: ", error_text(code));
 }
 
 // f(T{}, std::bool_constant<LAST>{}) for the type of the image and the order of its elements.

@@ -23,7 +23,6 @@
 namespace dcd::cuda::dw {
 
 // --- numbers
-// ---------------------------------------------------------------------------------------------------
 
 enum Type : int { kFloat = 0, kHalf = 1, kBFloat = 2 };
 
@@ -56,7 +55,6 @@ struct alignas(sizeof(T) * N) Pack {
 };
 
 // --- memory
-// ----------------------------------------------------------------------------------------------------
 
 #ifndef __CUDACC__
 // Supplied by the tests: raise unless the range is aligned to its size and belongs to a tensor; count what is
@@ -138,7 +136,6 @@ DCD_BODY void write(void* to, int type, int64_t i, float value) {
 }
 
 // --- activations
-// -----------------------------------------------------------------------------------------------
 
 // Unlike fminf and fmaxf this keeps NaN, as torch does.
 DCD_BODY float clamp(float x, float low, float high) {
@@ -152,7 +149,6 @@ DCD_BODY float clamp(float x, float low, float high) {
 }
 
 // --- a block of threads
-// ----------------------------------------------------------------------------------------
 
 // team.each(f) is f(thread, state) for every thread, then a barrier. What a thread keeps from one phase to
 // the next is in its state: registers on the GPU, an array in the tests, which run the threads one after

@@ -56,8 +56,8 @@ void check_copies(const Tiling& t, int first_column) {
     const int shift = alignment_shift<LAST>(t, first_column);
     std::vector<char> copied(static_cast<size_t>(t.tile_elements()), 0);
     demand(t.tile_elements() % t.vector == 0, "a tile is not of whole vectors");
-    for (int i = 0; i < pieces(t); ++i) {
-        const Piece at = piece<T, LAST>(t, i, shift);
+    for (int i = 0; i < pieces(t, t.vector); ++i) {
+        const Piece at = piece<T, LAST>(t, i, shift, t.vector);
         demand(at.target % t.vector == 0, "a vector is not aligned in shared memory");
         demand((LAST ? at.channel : first_column + at.column) % t.vector == 0,
                "a vector is not aligned in the image");
@@ -128,6 +128,16 @@ void check(const Problem& p, int beside) {
             }
         }
     }
+    const int of_sample = t.tiles() * static_cast<int>(t.groups.divisor);
+    for (int i = 0; i < 3 * of_sample; i += larger(1, of_sample / 100)) {
+        const BlockPlace block = block_place(t, i);
+        demand(
+            block.tile < t.tiles() && block.group < static_cast<int>(t.groups.divisor) &&
+                (block.sample * static_cast<int>(t.groups.divisor) + block.group) * t.tiles() + block.tile ==
+                    i,
+            "a block has no place");
+    }
+    demand(1 << t.group_shift == t.group, "a group is not a power of two");
     for (const int count : patches) demand(count == 1, "two threads have the same place");
     for (const uint8_t count : written) demand(count == 1, "an output is not written once");
 }

@@ -14,7 +14,6 @@
 namespace dcd::cuda::dw {
 
 // --- rounding, by the definition
-// -----------------------------------------------------------------------------
 
 inline void from_float(float x, float* to) {
     *to = x;
@@ -72,7 +71,7 @@ void run_convolve(const ConvolveParams& s) {
     const int64_t blocks = s.batch * s.tiling.tiles() * static_cast<int64_t>(s.tiling.groups.divisor);
     for (int64_t i = 0; i < blocks; ++i) {
         Team<NoState, kThreads> block;
-        convolve_block<T, LAST, KERNEL, MODE>(block, s, i, shared.fresh());
+        convolve_block<T, LAST, KERNEL, MODE>(block, s, static_cast<int>(i), shared.fresh());
         shared.check();
     }
 }
