@@ -46,6 +46,7 @@ CONFIGS = (
     Config(16, 16, 16, 4, 3),
 )
 _SMALLEST = 32  # pixels from which λ on the reduction axis gets tiles of one sample each, see the kernel
+_LIGHT_CONFIGS = tuple(c for c in CONFIGS if c.block_m <= 64)
 _SAMPLES = 16  # that a tile may run through, one after the other
 _WASTE = 1.1  # tiles may overhang the maps by this much before they run on from sample to sample
 
@@ -353,6 +354,9 @@ def run(
     )
     alone = pooled or (scales == LAM_ON_INPUT and pixels >= _SMALLEST)
     widest = pixels if alone else min(batch, _SAMPLES) * pixels
-    candidates = fitting(CONFIGS, widest, out_channels, in_channels, out_channels, batch * pixels)
+    # where rows begin anywhere, every element has an address of its own in registers
+    scattered = pixel_unit * input.element_size() < 8 and not (x.last and (y is None or y.last))
+    configs = _LIGHT_CONFIGS if scattered else CONFIGS
+    candidates = fitting(configs, widest, out_channels, in_channels, out_channels, batch * pixels)
     start(choose("product", key, candidates, start))
     return sums[0]
