@@ -46,7 +46,12 @@ CONFIGS = (
     Config(16, 16, 16, 4, 3),
 )
 _SMALLEST = 32  # pixels from which λ on the reduction axis gets tiles of one sample each, see the kernel
-_LIGHT_CONFIGS = tuple(c for c in CONFIGS if c.block_m <= 64)
+_LIGHT_CONFIGS = (
+    Config(64, 64, 64, 8, 3),
+    Config(64, 32, 64, 8, 3),
+    Config(64, 32, 64, 4, 3),
+    *(c for c in CONFIGS if c.block_m * c.block_n <= 2048),
+)
 _SAMPLES = 16  # that a tile may run through, one after the other
 _WASTE = 1.1  # tiles may overhang the maps by this much before they run on from sample to sample
 

@@ -71,8 +71,8 @@ def fitting(
 ) -> tuple[Config, ...]:
     """The best three of the candidates that are no wider in any direction than what they cover.
 
-    Best are those that give every multiprocessor a tile of ``rows`` × ``columns`` (where given), and of those
-    the largest; beyond the first candidate's size a larger tile is worth a trial, but not a first choice.
+    Best are those that give half of the multiprocessors a tile of ``rows`` × ``columns`` (where given), and of
+    those the largest; beyond the first candidate's size a larger tile is worth a trial, but not a first choice.
     """
     return _fitting(candidates, m, n, k, columns, rows, MULTIPROCESSORS)
 
@@ -84,7 +84,7 @@ def _fitting(candidates, m, n, k, columns, rows, multiprocessors) -> tuple[Confi
 
     def rank(config: Config) -> tuple[int, int]:
         tiles = -(-rows // config.block_m) * -(-columns // config.block_n) if rows else 0
-        return -min(tiles, multiprocessors), -math.prod(map(min, config[:3], candidates[0][:3]))
+        return -min(tiles, multiprocessors // 2), -math.prod(map(min, config[:3], candidates[0][:3]))
 
     return tuple(sorted(fits, key=rank)[:_TRIED])
 

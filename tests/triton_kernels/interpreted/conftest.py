@@ -27,7 +27,7 @@ def no_multiprocessors(monkeypatch):
     """The CPU has none to keep busy, and few large tiles are interpreted faster than many small ones."""
     from dcd_kernels.backends.triton import tuning
 
-    monkeypatch.setattr(tuning, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(tuning, "MULTIPROCESSORS", 0)
 
 
 @pytest.fixture(scope="session")
