@@ -33,7 +33,9 @@ DCD_BODY void copy_pieces(const Tiling& t, const Image& image, int64_t n, int ch
                           int first_row, int first_column, int thread, T* tile) {
     const T* sample = static_cast<const T*>(image.data) + n * image.sample;
     const int shift = alignment_shift<LAST>(t, first_column), count = pieces(t, VECTOR);
-    DCD_UNROLL_BY(4)
+    // only those that pass registers have to be on their way together
+    [[maybe_unused]] constexpr int at_once = VECTOR * sizeof(T) < 4 ? 4 : 1;
+    DCD_UNROLL_BY(at_once)
     for (int i = thread; i < count; i += kThreads) {
         const Piece at = piece<T, LAST>(t, i, shift, VECTOR);
         copy_piece<T, LAST, VECTOR>(image, sample, channels, first_channel + at.channel, first_row + at.row,
