@@ -130,7 +130,7 @@ def plan(
 
     pixels = (input.shape[1:-1] if op == "linear" else torch.Size(size or input.shape[2:])).numel()
     in_channels = weight.shape[1]
-    if synthesised.pays(in_channels, pixels):
+    if synthesised.pays(in_channels, pixels, input.dtype):
         return (
             f"W_n is synthesised on chip: {in_channels} input channels fit one tile, {pixels} pixels share it"
         )

@@ -172,7 +172,7 @@ def _forward(
     """Writes out; returns its partial channel sums (N, parts, Co) if ``pooled``."""
     x, y, skip = image(input), image(out), None if residual is None else image(residual)
     options = {"bias": bias, "residual": skip, "activation": activation, "pooled": pooled}
-    if phi is not None and synthesised.pays(weight.shape[1], pixels_of(input)):
+    if phi is not None and synthesised.pays(weight.shape[1], pixels_of(input), input.dtype):
         return synthesised.run(x, weight, q, phi, p, lam, y, **options)
     scales = product.NO_LAM if lam is None else product.LAM_ON_OUTPUT
     return product.run(x, weight, q, phi, p, y, lam=lam, scales=scales, static=product.COMPUTED, **options)

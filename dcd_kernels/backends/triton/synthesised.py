@@ -16,24 +16,31 @@ from torch import Tensor
 from . import precision
 from .launch import Image, image_arguments, launch, padded, pixels_of, tensor_of, unit
 from .tile import activate, load_columns, offsets
-from .tuning import Config, bucket, choose
+from .tuning import Config, bucket, choose, fitting
 
 CONFIGS = (
     Config(128, 64, 16, 4, 3),
     Config(128, 64, 32, 4, 3),
     Config(128, 64, 64, 4, 3),
-    Config(128, 64, 128, 8, 3),
+    Config(128, 64, 128, 8, 2),
     Config(128, 128, 16, 8, 3),
     Config(128, 128, 32, 8, 3),
     Config(128, 128, 64, 8, 3),
-    Config(128, 32, 128, 4, 3),
+    Config(128, 32, 16, 4, 3),
+    Config(128, 32, 32, 4, 3),
+    Config(128, 32, 64, 4, 3),
+    Config(128, 32, 128, 4, 2),
+    Config(64, 64, 128, 4, 2),
 )
 _CHUNK = 4  # pixel tiles that share a weight
 
 
-def pays(in_channels: int, pixels: int) -> bool:
+def pays(in_channels: int, pixels: int, dtype: torch.dtype) -> bool:
     """Few enough input channels for one tile, and a map large enough for a program's pixel tiles."""
-    return in_channels <= max(c.block_k for c in CONFIGS) and pixels >= CONFIGS[0].block_m * _CHUNK
+    deepest = max(c.block_k for c in CONFIGS)
+    if dtype == torch.float32:  # whose tiles are twice as large in shared memory
+        deepest //= 2
+    return in_channels <= deepest and pixels >= CONFIGS[0].block_m * _CHUNK
 
 
 @triton.jit
@@ -202,6 +209,7 @@ def run(
         *(str(input.dtype)[6:], in_channels, out_channels, latent, int(lam is not None)),
         *(int(x.last), bucket(batch * pixels), pixel_unit, int(pooled)),
     )
-    configs = [c for c in CONFIGS if c.block_k == padded(in_channels)]
-    start(choose("synthesised", key, configs, start))
+    deep = tuple(c for c in CONFIGS if c.block_k == padded(in_channels))
+    candidates = fitting(deep, pixels, max(out_channels, 32), in_channels)
+    start(choose("synthesised", key, candidates, start))
     return sums[0]

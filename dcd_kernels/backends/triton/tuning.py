@@ -71,8 +71,8 @@ def fitting(
 ) -> tuple[Config, ...]:
     """The best three of the candidates that are no wider in any direction than what they cover.
 
-    Best are those that give half of the multiprocessors a tile of ``rows`` × ``columns`` (where given), and of
-    those the largest; beyond the first candidate's size a larger tile is worth a trial, but not a first choice.
+    Best are those that give half of the multiprocessors a tile of ``rows`` × ``columns`` (where given), and
+    of those the largest; one beyond the first candidate's size is worth a trial, but not a first choice.
     """
     return _fitting(candidates, m, n, k, columns, rows, MULTIPROCESSORS)
 
