@@ -42,10 +42,11 @@ demo: install
 	$(BIN)/python -m dcd_kernels demo $(DEMO_ARGS)
 
 test: install
-	$(BIN)/python -m pytest -q -m "not full" $(PYTEST_ARGS)
+	$(COMPILED) -m "not full" $(PYTEST_ARGS)
 	$(INTERPRETED) -m "not full" $(PYTEST_ARGS)
 
 # the Triton kernels on the CPU, in a process of its own: what is interpreted cannot be compiled
+COMPILED := $(BIN)/python -m pytest -q --ignore tests/triton_kernels/interpreted
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton_kernels/interpreted
 
 bench: install
@@ -110,7 +111,7 @@ $(SANITIZED)/.built: $(VENV)/.installed $(wildcard dcd_kernels/*.py dcd_kernels/
 	touch $@
 
 test-full: install $(SANITIZED)/.built
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(COMPILED) $(PYTEST_ARGS)
 	$(INTERPRETED) $(PYTEST_ARGS)
 	$(SANITIZED_RUN) $(BIN)/python -P -c "from dcd_kernels import _core; assert _core.build_info()['sanitizers'], _core"
 	$(SANITIZED_RUN) $(BIN)/pytest -q $(PYTEST_ARGS) -k "not compile" $(SANITIZED_TESTS)

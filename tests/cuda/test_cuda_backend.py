@@ -69,7 +69,8 @@ def test_other_operators_are_not_here():
     weight = torch.empty(4, 4, device="meta")
     for op in selection.OPS:
         if op != "depthwise":
-            assert cuda.can_run(op, weight, weight) == (False, "only the depthwise convolution has a CUDA kernel")
+            reason = "only the depthwise convolution has a CUDA kernel"
+            assert cuda.can_run(op, weight, weight) == (False, reason)
 
 
 def test_cpu_tensors_stay_on_the_cpu():
