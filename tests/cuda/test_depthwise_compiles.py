@@ -129,7 +129,7 @@ def test_resources_of_the_built_library():
 
 @needs_library
 @needs_cuobjdump
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.full), "sm_90a"])
 def test_wide_copies_and_no_local_memory(target):
     """16 bytes at a time from global to shared memory, without registers in between."""
     dump = subprocess.run([CUOBJDUMP, "-sass", "-arch", target, str(LIBRARY)], capture_output=True, text=True)
