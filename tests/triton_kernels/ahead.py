@@ -34,6 +34,7 @@ from triton.runtime.jit import create_function_from_signature
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what later versions do anyway, and 3.9 asks about
 
 KB = 1024
+LARGE = 2048  # elements of a tile whose accesses matter
 MANY = 8  # narrow accesses of a thread at one place
 MATRIX_DTYPES = ("f16", "bf16", "tf32")
 
@@ -206,20 +207,15 @@ class Result:
         return sum(a.width * a.count for a in chosen)
 
     def narrow(self, kind: str) -> list[Access]:
-        """Tiles that are moved in many small pieces, and are much of what is moved.
+        """Tiles of images and weights that are moved in many small pieces.
 
         Vectors do not count, threads share their elements; nor do the few numbers of a sample's Φ.
         """
         tiles = _tile_accesses(self.asm["ttgir"])
-        everything = sum(a.width * a.count for a in self.accesses if a.kind == kind)
         return [
             a
             for a in self.accesses
-            if a.kind == kind
-            and a.place in tiles
-            and a.width < self.target.wide
-            and a.count > MANY
-            and a.width * a.count * 5 > everything
+            if a.kind == kind and a.width < self.target.wide and a.count > MANY and a.place in tiles
         ]
 
     def problems(self, *, wide: bool = False) -> list[str]:
@@ -269,14 +265,15 @@ def _access(text: str) -> tuple[str, int] | None:
 
 
 def _tile_accesses(ttgir: str) -> set[tuple[str, int]]:
-    """Places of the loads and stores of two-dimensional tiles."""
+    """Places of the loads and stores of two-dimensional tiles, larger than a sample's Φ."""
     names = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttgir, re.MULTILINE))
     found = set()
     for text in ttgir.splitlines():
         op = re.search(
             r"(tt\.load|tt\.store|async_copy_global_to_local|amdg?\w*\.buffer_(load|store)) ", text
         )
-        if not op or not re.search(r"tensor<\d+x\d+x", text):
+        shape = re.search(r"tensor<(\d+)x(\d+)x", text)
+        if not op or not shape or int(shape[1]) * int(shape[2]) < LARGE:
             continue
         name = re.search(r"loc\((#loc\d*)\)$", text)
         where = names.get(name[1], "") if name else ""
