@@ -10,12 +10,13 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 import op_checks
+import operands as given
 import test_grad
 import test_ops_apply
 import test_ops_pointwise
 import torch
-from cases import in_layout
-from operands import HALF, LAYOUTS, Case, call, operands
+from cases import assert_close_to_truth, in_layout
+from operands import HALF, LAYOUTS, Case, call, operands, plain
 
 from dcd_kernels.checks import ACTIVATIONS
 
@@ -166,7 +167,8 @@ def test_mixed_layouts_of_the_images(case, launches):
             for other in LAYOUTS:
                 mixed = [in_layout(t, other) if i == place else t for i, t in enumerate(tensors)]
                 got = call(case, mixed)
-                assert torch.equal(got, expected)
+                # another tile may suit other layouts, and add up in another order
+                assert_close_to_truth(got, plain(case, mixed), given.truth(case, mixed))
                 assert got.stride() == expected.stride()
 
 

@@ -111,7 +111,7 @@ def test_latent_moments(shape, dtype, layout, shift, launches):
 SYNTHESISED = [
     Case("pointwise", 2, 24, 40, 4, (33, 32), "relu6", bias="sample", residual=True),
     Case("pointwise", 1, 3, 20, 11, (1100,), lam=False, bias="shared"),
-    Case("pointwise", 1, 100, 70, 33, (32, 32), "silu"),
+    Case("pointwise", 1, 60, 70, 33, (32, 32), "silu"),
     Case("pointwise", 2, 12, 20, 3, (37, 31), "relu", blocks=4, bias="shared"),
 ]
 
@@ -122,6 +122,13 @@ SYNTHESISED = [
 def test_synthesised_weights(case, dtype, layout, launches):
     op_checks.values(case, dtype, layout, None, wide=dtype != torch.float32)
     assert {kernel for kernel, _ in launches} == {"synthesised"}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+def test_deep_layers_synthesise_in_half_precision_alone(dtype, launches):
+    case = Case("pointwise", 1, 100, 70, 33, (32, 32), "silu")
+    op_checks.values(case, dtype, "contiguous", None)
+    assert {kernel for kernel, _ in launches} == {"product" if dtype == torch.float32 else "synthesised"}
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
