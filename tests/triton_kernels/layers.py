@@ -54,7 +54,13 @@ class Call:
 
     @property
     def wide(self) -> bool:
-        """Whether every row of its images begins at a multiple of 16 bytes and is as long."""
+        """Whether every row of its images begins at a multiple of 16 bytes and can be read so.
+
+        wgmma takes float32 (as tf32) only with the reduction axis, the channels, contiguous in shared
+        memory: contiguous images are turned on their way there, four bytes at a time.
+        """
+        if self.dtype == "fp32" and self.layout == "contiguous":
+            return False
         channels = self.layer.in_channels, self.layer.out_channels
         axes = channels if self.layout == "channels_last" else (self.layer.size**2,)
         return all(axis * DTYPES[self.dtype].itemsize % 16 == 0 for axis in axes)
