@@ -2,5 +2,6 @@
 """Networks of the paper, with DCD layers where the paper has them."""
 
 from dcd_kernels.models.mobilenet_v2 import MobileNetV2, mobilenet_v2
+from dcd_kernels.models.resnet import ResNet, resnet10, resnet18, resnet34, resnet50
 
-__all__ = ["MobileNetV2", "mobilenet_v2"]
+__all__ = ["MobileNetV2", "ResNet", "mobilenet_v2", "resnet10", "resnet18", "resnet34", "resnet50"]

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from dcd_kernels.models.common import SQUEEZES, Layers, check_network
 from dcd_kernels.nn.branch import one_of
 from dcd_kernels.nn.conv import DCDConv2d
 from dcd_kernels.nn.latent import LatentRule
-from dcd_kernels.nn.linear import DCDLinear
 
 # expansion, output channels, repeats, stride of the first: Table 2 of the MobileNetV2 paper.
 SETTINGS = (
@@ -23,14 +24,6 @@ SETTINGS = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-
-# name of a formulation (Table 1 of the DCD paper) -> what the layer has
-FORMULATIONS: dict[str, dict[str, bool] | None] = {
-    "static": None,
-    "lam": {"channel_attention": True, "channel_fusion": False},
-    "fusion": {"channel_attention": False, "channel_fusion": True},
-    "dcd": {"channel_attention": True, "channel_fusion": True},
-}
 
 MakeConv = Callable[..., nn.Module]
 
@@ -93,6 +86,7 @@ class MobileNetV2(nn.Module):
         latent_channels: int | str | LatentRule = "released",
         latent_kernel: int | None = None,
         reduction: int | None = None,
+        squeeze: str = "wider",
         pool_size: int | Sequence[int] | None = None,
         gate: str | None = "se",
         lam_activation: str | None = "hardsigmoid2",
@@ -111,64 +105,36 @@ class MobileNetV2(nn.Module):
         super().__init__()
         if not width_mult > 0:
             raise ValueError(f"mobilenet_v2: width_mult must be positive, got {width_mult}")
-        if num_classes < 1:
-            raise ValueError(f"mobilenet_v2: num_classes must be at least 1, got {num_classes}")
-        for argument, value in (
-            ("pointwise", pointwise),
-            ("depthwise", depthwise),
-            ("classifier", classifier),
-        ):
-            one_of(f"mobilenet_v2: {argument}", value, list(FORMULATIONS))
+        check_network(
+            "mobilenet_v2", num_classes, pointwise=pointwise, depthwise=depthwise, classifier=classifier
+        )
+        one_of("mobilenet_v2: squeeze", squeeze, SQUEEZES)
         if blocks != 1 and pointwise not in ("fusion", "dcd"):
             raise ValueError(f"mobilenet_v2: blocks needs pointwise='fusion' or 'dcd', got {pointwise!r}")
         if reduction is None:
             reduction = 8 if width_mult <= 0.5 else 16
         factory = {"device": device, "dtype": dtype}
-        branch = {
-            "reduction": reduction,
-            "gate": gate,
-            "lam_activation": lam_activation,
-            "branch_dropout": branch_dropout,
-        }
+        layers = Layers(reduction, squeeze, gate, lam_activation, branch_dropout, factory)
 
-        def static_pointwise(inputs: int, outputs: int) -> nn.Module:
-            return nn.Conv2d(inputs, outputs, 1, bias=False, **factory)
-
-        def static_depthwise(channels: int, stride: int) -> nn.Module:
-            return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False, **factory)
-
-        def dynamic_pointwise(inputs: int, outputs: int) -> nn.Module:
+        def make_pointwise(inputs: int, outputs: int, formulation: str = pointwise) -> nn.Module:
             pool = (2 if inputs < outputs else 1) if pool_size is None else pool_size
-            return DCDConv2d(
-                inputs,
-                outputs,
-                1,
-                bias=False,
-                latent_channels=latent_channels,
-                blocks=blocks,
-                pool_size=pool,
-                **FORMULATIONS[pointwise],
-                **branch,
-                **factory,
+            return layers.conv(
+                formulation, inputs, outputs, latent=latent_channels, blocks=blocks, pool_size=pool
             )
 
-        def dynamic_depthwise(channels: int, stride: int) -> nn.Module:
-            return DCDConv2d(
+        def make_depthwise(channels: int, stride: int, formulation: str = depthwise) -> nn.Module:
+            return layers.conv(
+                formulation,
                 channels,
                 channels,
                 3,
                 stride,
-                padding=1,
                 groups=channels,
-                bias=False,
                 latent_kernel=latent_kernel,
-                **FORMULATIONS[depthwise],
-                **branch,
-                **factory,
             )
 
-        make_pointwise = static_pointwise if pointwise == "static" else dynamic_pointwise
-        make_depthwise = static_depthwise if depthwise == "static" else dynamic_depthwise
+        static_pointwise = partial(make_pointwise, formulation="static")
+        static_depthwise = partial(make_depthwise, formulation="static")
 
         width = _rounded(stem_channels * width_mult)
         stem = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False, **factory)
@@ -193,18 +159,13 @@ class MobileNetV2(nn.Module):
         features.append(_normalised(static_pointwise(width, last), last, factory))
         self.features = nn.Sequential(*features)
 
-        if classifier == "static":
-            linear = nn.Linear(last, num_classes, **factory)
-        else:
-            linear = DCDLinear(
-                last,
-                num_classes,
-                latent_channels=classifier_latent_channels,
-                squeeze_channels=classifier_squeeze_channels,
-                **FORMULATIONS[classifier],
-                **branch,
-                **factory,
-            )
+        linear = layers.linear(
+            classifier,
+            last,
+            num_classes,
+            latent=classifier_latent_channels,
+            squeeze_channels=classifier_squeeze_channels,
+        )
         self.classifier = nn.Sequential(nn.Dropout(dropout), linear)
         self.reset_parameters()
 
@@ -242,6 +203,9 @@ def mobilenet_v2(width_mult: float = 1.0, num_classes: int = 1000, **options) ->
         latent_channels: of the pointwise layers, a number, a rule's name or a function (Table 2).
         latent_kernel: ``L_k`` of the depthwise layers.
         reduction: ``r`` of the branches; by default 16, and 8 for ``width_mult`` ≤ 0.5.
+        squeeze: of the convolutions' branches: ``'wider'``, ``max(Ci, Co) // r``, which the published counts
+            follow; or ``'pooled'``, ``max(I, L²) // r`` with ``I`` the pooled numbers, as in the released
+            code. At least 4.
         pool_size: of the pointwise layers' branches; by default 2 where a layer expands and 1 elsewhere.
         gate, lam_activation, branch_dropout: of every branch, see :class:`dcd_kernels.nn.DynamicBranch`.
         classifier_latent_channels, classifier_squeeze_channels: 32 and 32, whatever the reduction.

@@ -71,6 +71,18 @@ def test_exact_counts():
     assert difference == 1280 * 32 + 32 * 32 + 32 * (1000 + 1024) + 32 * (1280 + 1000)
 
 
+@pytest.mark.parametrize(
+    ("width", "released", "norms"),
+    [(1.0, 5_720_028, 2_624), (0.5, 3_056_616, 1_888), (0.35, 2_267_932, 1_560)],
+)
+def test_counts_of_the_released_form(width, released, norms):
+    """With its squeeze, what differs are two BatchNorms of the latent a layer: 4 L parameters each."""
+    model = mobilenet_v2(width, squeeze="pooled", device="meta")
+    latents = [m.latent_channels for m in model.modules() if isinstance(m, (DCDConv2d, DCDLinear))]
+    assert 4 * sum(latents) == norms
+    assert sum(p.numel() for p in model.parameters()) + norms == released
+
+
 def test_which_layers_are_dynamic():
     model = mobilenet_v2(device="meta")
     dynamic = [name for name, module in model.named_modules() if isinstance(module, (DCDConv2d, DCDLinear))]
@@ -279,6 +291,8 @@ def test_options_reach_the_layers():
         ("blocks", {"blocks": 3}),
         ("latent_channels", {"latent_channels": "half"}),
         ("gate", {"gate": "softmax"}),
+        ("squeeze", {"squeeze": "narrow"}),
+        ("latent_kernel", {"depthwise": "lam", "latent_kernel": 2}),
     ],
 )
 def test_bad_options(argument, options):
