@@ -134,7 +134,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dcd_kernels, m) {
         "Tensor? residual, int activation) -> Tensor");
     // The channel sums of its output come with it: a pooling that the next layer's branch need not do.
     m.def(
-        "pointwise_pooled(Tensor input, Tensor weight, Tensor? p, Tensor? phi, Tensor? q, Tensor? lam, Tensor? "
+        "pointwise_pooled(Tensor input, Tensor weight, Tensor? p, Tensor? phi, Tensor? q, Tensor? lam, "
+        "Tensor? "
         "bias, Tensor? residual, int activation) -> (Tensor, Tensor)");
     m.def(
         "pointwise_backward(Tensor grad, Tensor input, Tensor weight, Tensor? p, Tensor? phi, Tensor? q, "
