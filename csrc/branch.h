@@ -44,6 +44,32 @@ inline int64_t pool_tile_pixels(int64_t pixels, int64_t tiles) {
     return ((pixels + tiles - 1) / tiles + 7) / 8 * 8;
 }
 
+// Adaptive pooling to 2x2 has four bins, of channel c at 4c + 2·(bin row) + bin column. Along an axis they
+// begin at 0 and at half_down(size) and are both half_up(size) long: on odd sizes they share the middle.
+inline constexpr int64_t kQuadrants = 4;
+
+DCD_FORMULA int64_t half_down(int64_t size) {
+    return size / 2;
+}
+
+DCD_FORMULA int64_t half_up(int64_t size) {
+    return (size + 1) / 2;
+}
+
+// Their sums are taken in tiles of so many rows of each bin (the last tile may have fewer), so that a tile is
+// as large as one of the whole image, and has work for all four.
+inline int64_t quadrant_tile_rows(int64_t height, int64_t width) {
+    const int64_t across = half_up(width) > 1 ? half_up(width) : 1;
+    const int64_t enough = (kPoolTilePixels / kQuadrants + across - 1) / across;
+    const int64_t few_tiles = (half_up(height) + kPoolMaxTiles - 1) / kPoolMaxTiles;
+    return enough > few_tiles ? enough : few_tiles;
+}
+
+inline int64_t quadrant_tiles(int64_t height, int64_t width) {
+    const int64_t rows = quadrant_tile_rows(height, width), tiles = (half_up(height) + rows - 1) / rows;
+    return tiles < 1 ? 1 : tiles;
+}
+
 // Comparisons, not fmin and fmax: those would turn NaN into a number.
 template <class T>
 DCD_FORMULA T relu6(T x) {

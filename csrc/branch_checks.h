@@ -16,6 +16,12 @@ inline void check_code(const char* name, int64_t code, int end) {
     STD_TORCH_CHECK(code >= 0 && code < end, name, " must be a code from 0 to ", end - 1, ", got ", code);
 }
 
+// Of dcd_kernels::channel_sums: one sum a channel, or one for each bin of adaptive pooling to 2x2.
+inline void check_bins(const Tensor& input, int64_t bins) {
+    STD_TORCH_CHECK(bins == 1 || bins == 2, "bins must be 1 or 2, got ", bins);
+    check_rank(input, "input", bins == 1 ? 3 : 4, bins == 2);
+}
+
 // The sums set the device. The matrices and biases have one type among them, whatever the sums' is.
 inline BranchShape check_branch(const Tensor& sums, const Tensor& squeeze_weight,
                                 const OptionalTensor& squeeze_bias, const OptionalTensor& gate_weight,

@@ -25,19 +25,43 @@ void sum_channels(const Map<const T>& input, int64_t batch, int64_t channels, in
             }
 }
 
+// The four bins of adaptive pooling to 2x2.
+template <class T>
+void sum_quadrants(const Map<const T>& input, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                   T* sums) {  // [N, T, C, 2, 2]
+    const int64_t tiles = quadrant_tiles(height, width), size = quadrant_tile_rows(height, width);
+    for (int64_t n = 0; n < batch; ++n)
+        for (int64_t t = 0; t < tiles; ++t)
+            for (int64_t c = 0; c < channels; ++c)
+                for (int64_t bin = 0; bin < kQuadrants; ++bin) {
+                    const T* from = input.data + n * input.sample + c * input.channel;
+                    const int64_t top = bin / 2 * half_down(height), left = bin % 2 * half_down(width);
+                    double sum = 0;
+                    for (int64_t y = t * size; y < std::min((t + 1) * size, half_up(height)); ++y)
+                        for (int64_t x = 0; x < half_up(width); ++x)
+                            sum += from[((top + y) * width + left + x) * input.pixel];
+                    *sums++ = static_cast<T>(sum);
+                }
+}
+
 // Partial per-sample channel sums of an image, in fp32 or float64.
-Tensor channel_sums(const Tensor& input) {  // [N, C, *spatial] -> [N, T, C]
-    check_rank(input, "input", 3, false);
+Tensor channel_sums(const Tensor& input, int64_t bins) {  // [N, C, *spatial] -> [N, T, C·bins²]
+    check_bins(input, bins);
     check_operands(input, "input", {});
     const ScalarType type = compute_type(input);
-    const int64_t pixels = pixels_of(input), tiles = pool_tiles(pixels);
-    const Tensor sums = empty_dense({input.size(0), tiles, input.size(1)}, type);
+    const bool whole = bins == 1;
+    const int64_t batch = input.size(0), channels = input.size(1), pixels = pixels_of(input);
+    const int64_t tiles = whole ? pool_tiles(pixels) : quadrant_tiles(input.size(2), input.size(3));
+    const Tensor sums = empty_dense({batch, tiles, channels * bins * bins}, type);
     if (sums.numel() == 0) return sums;
     const Tensor image = as_map(input, is_channels_last(input), type);
     with_type(type, [&](auto zero) {
         using T = decltype(zero);
-        sum_channels<T>(const_map<T>(image), input.size(0), input.size(1), pixels, tiles,
-                        static_cast<T*>(sums.mutable_data_ptr()));
+        T* to = static_cast<T*>(sums.mutable_data_ptr());
+        if (whole)
+            sum_channels<T>(const_map<T>(image), batch, channels, pixels, tiles, to);
+        else
+            sum_quadrants<T>(const_map<T>(image), batch, channels, input.size(2), input.size(3), to);
     });
     return sums;
 }
@@ -104,7 +128,7 @@ std::tuple<Tensor, Tensor> branch(const Tensor& sums,                  // [N, T,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dcd_kernels, m) {
-    m.def("channel_sums(Tensor input) -> Tensor");
+    m.def("channel_sums(Tensor input, int bins) -> Tensor");
     m.def(
         "branch(Tensor sums, float scale, Tensor squeeze_weight, Tensor? squeeze_bias, Tensor? gate_weight, "
         "Tensor? gate_bias, Tensor expand_weight, Tensor? expand_bias, int lam_channels, int gate, "

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops channel_sums and branch: values against NumPy, gradients, tracing, bad input. On the CPU."""
+"""The op branch, alone and behind channel_sums: values, gradients, tracing, bad input. On the CPU."""
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcd_kernels import extension
 
@@ -87,53 +88,6 @@ def truth(tensors, gate, lam_activation, lam_channels=4, scale=0.25):
     hidden = GATE[gate](hidden) if logit is None else hidden * np.clip(logit + 3, 0, 6) / 3
     logits = affine(hidden, w2, b2)
     return CLIP[lam_activation](logits[:, :lam_channels]), logits[:, lam_channels:]
-
-
-# --- channel_sums
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 3, 23, 23), (2, 4, 3, 4, 50), (3, 4, 1, 1), (1, 2, 96, 96)])
-def test_sums(shape, dtype):
-    x = torch.randn(shape).to(dtype)
-    layouts = [x, x.transpose(1, -1).contiguous().transpose(1, -1), torch.stack((x, x), -1)[..., 1]]
-    wanted = x.double().flatten(2).sum(2)
-    for image in layouts:
-        sums = ops.channel_sums(image)
-        pixels = x[0, 0].numel()
-        assert sums.shape == (shape[0], min(max(1, -(-pixels // 512)), 16), shape[1])
-        assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(sums.double().sum(1), wanted, rtol=0, atol=1e-6 * pixels)
-
-
-def test_sums_of_nothing():
-    assert (ops.channel_sums(torch.zeros(2, 3, 0, 4)) == 0).all()
-    assert ops.channel_sums(torch.zeros(0, 3, 4)).shape == (0, 1, 3)
-    assert ops.channel_sums(torch.zeros(2, 0, 700)).shape == (2, 2, 0)
-
-
-def test_sums_do_not_overflow_in_half():
-    assert (ops.channel_sums(torch.full((1, 1, 400, 400), 2.0, dtype=torch.float16)).sum() == 320_000).all()
-
-
-@pytest.mark.parametrize("shape", [(1, 2, 9), (1, 2, 33, 32)])
-def test_gradient_of_sums(shape):
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(ops.channel_sums, x)
-    assert torch.autograd.gradgradcheck(lambda x: ops.channel_sums(x).square(), x)
-    gradient = torch.func.grad(lambda x: ops.channel_sums(x).square().sum())(x)
-    (wanted,) = torch.autograd.grad(ops.channel_sums(x).square().sum(), x)
-    torch.testing.assert_close(gradient, wanted)
-
-
-def test_the_gradient_of_a_mean_is_not_written_out():
-    x = torch.randn(2, 3, 40, 40, requires_grad=True)
-    seen = []
-    y = x.view_as(x)
-    y.register_hook(lambda grad: seen.append(grad.stride()))
-    ops.channel_sums(y).sum(1).square().sum().backward()
-    assert seen[0][2:] == (0, 0)
-    torch.testing.assert_close(x.grad, (2 * x.detach().sum((2, 3), keepdim=True)).expand_as(x))
 
 
 # --- branch
@@ -228,41 +182,30 @@ def test_opcheck(gate):
         call(operands(gate, weights=weights), gate, op=_opcheck(torch.ops.dcd_kernels.branch.default))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_opcheck_of_sums(dtype):
-    op = torch.ops.dcd_kernels.channel_sums.default
-    for shape in ((2, 3, 5, 4), (1, 2, 30, 30)):
-        image = torch.randn(shape).to(dtype)
-        for layout in (torch.contiguous_format, torch.channels_last):
-            torch.library.opcheck(op, (image.to(memory_format=layout).requires_grad_(),))
-
-
 def _opcheck(op):
     return lambda *args: torch.library.opcheck(op, args)
-
-
-def test_fake_tensors():
-    with FakeTensorMode():
-        for pixels, tiles in ((0, 1), (1, 1), (512, 1), (513, 2), (8192, 16), (100_000, 16)):
-            assert ops.channel_sums(torch.empty(2, 3, pixels)).shape == (2, tiles, 3)
 
 
 def image_and_parameters(image, gate="se"):
     return [image, *operands(gate)[1:]]
 
 
-def layer(image, *parameters):
-    lam, phi = call((ops.channel_sums(image), *parameters), "se", scale=1 / image[0, 0].numel())
+def layer(image, *parameters, bins=1):
+    scale = bins * bins / image[0, 0].numel()
+    lam, phi = call((ops.channel_sums(image, bins), *parameters), "se", scale=scale)
     return lam.sin().sum() + phi.square().sum()
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("bins", [1, 2])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for shape in ((2, 7, 5, 4), (3, 7, 5, 4), (3, 7, 40, 30)):
-        tensors = image_and_parameters(torch.randn(shape, requires_grad=True))
-        got, wanted = compiled(*tensors), layer(*tensors)
+def test_compile(dynamic, bins):
+    layer_ = functools.partial(layer, bins=bins)
+    compiled = torch.compile(layer_, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for shape in ((2, 8, 5, 4), (3, 8, 5, 4), (3, 8, 40, 30)):
+        sizes = (3, 2, 8 * bins * bins, 5, 4, 6)
+        tensors = [torch.randn(shape, requires_grad=True), *operands("se", sizes=sizes)[1:]]
+        got, wanted = compiled(*tensors), layer_(*tensors)
         torch.testing.assert_close(got, wanted)
         for a, b in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(wanted, tensors), strict=True):
             torch.testing.assert_close(a, b)
@@ -342,13 +285,6 @@ def test_bad_input(change, message):
     given |= {"scale": 1.0, "lam_channels": 4, "gate": 5, "lam_activation": 1}
     with pytest.raises(RuntimeError, match=message):
         ops.branch(**(given | change))
-
-
-def test_bad_images():
-    with pytest.raises(RuntimeError, match="input must have at least 3 dimensions"):
-        ops.channel_sums(torch.zeros(2, 3))
-    with pytest.raises(RuntimeError, match="input must be float32, float64, float16 or bfloat16"):
-        ops.channel_sums(torch.zeros(2, 3, 4, dtype=torch.int64))
 
 
 def test_codes_are_those_of_the_compiled_code():

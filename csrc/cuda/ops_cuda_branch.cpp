@@ -6,6 +6,7 @@
 #include "../branch_checks.h"
 #include "branch.h"
 #include "pool.h"
+#include "quadrants.h"
 
 namespace dcd {
 namespace {
@@ -33,17 +34,19 @@ void check_launch(const char* op, const char* error) {
 }
 
 // Partial per-sample channel sums of an image, in fp32.
-Tensor channel_sums(const Tensor& input) {  // [N, C, *spatial] -> [N, T, C]
-    check_rank(input, "input", 3, false);
+Tensor channel_sums(const Tensor& input, int64_t bins) {  // [N, C, *spatial] -> [N, T, C·bins²]
+    check_bins(input, bins);
     check_operands(input, "input", {});
     const Element element = element_of(input, "input");
     const DeviceGuard guard(input.get_device_index());
     cuda::PoolParams s{};
     s.batch = input.size(0), s.channels = input.size(1), s.pixels = pixels_of(input);
-    const int64_t tiles = pool_tiles(s.pixels);
+    const int64_t tiles = bins == 1 ? pool_tiles(s.pixels) : quadrant_tiles(input.size(2), input.size(3));
     STD_TORCH_CHECK(s.channels <= cuda::kPoolMaxItems / kPoolMaxTiles, "input must have at most ",
                     cuda::kPoolMaxItems / kPoolMaxTiles, " channels, got ", s.channels);
-    Tensor sums = empty_dense({s.batch, tiles, s.channels}, ScalarType::Float);
+    STD_TORCH_CHECK(bins == 1 || s.pixels <= cuda::kQuadrantMaxPixels, "input must have at most ",
+                    cuda::kQuadrantMaxPixels, " pixels for bins=2 on CUDA, got ", s.pixels);
+    Tensor sums = empty_dense({s.batch, tiles, s.channels * bins * bins}, ScalarType::Float);
     if (sums.numel() == 0) return sums;
     if (s.pixels == 0) return torch::stable::zero_(sums);
     // as they are where the pixels or the channels lie side by side, else a copy
@@ -51,9 +54,16 @@ Tensor channel_sums(const Tensor& input) {  // [N, C, *spatial] -> [N, T, C]
     const Strides strides = map_strides(image);
     s.input = image.const_data_ptr();
     s.sample = strides.sample, s.channel = strides.channel, s.pixel = strides.pixel;
-    s.tiles = static_cast<int>(tiles), s.tile_pixels = pool_tile_pixels(s.pixels, tiles);
+    s.tiles = static_cast<int>(tiles);
     s.sums = static_cast<float*>(sums.mutable_data_ptr());
-    check_launch("channel_sums", launch_pool(s, element, current_stream(input)));
+    void* stream = current_stream(input);
+    if (bins == 1) {
+        s.tile_pixels = pool_tile_pixels(s.pixels, tiles);
+        check_launch("channel_sums", launch_pool(s, element, stream));
+    } else {
+        const auto quadrants = cuda::quadrant_params(s, input.size(2), input.size(3));
+        check_launch("channel_sums", launch_quadrants(quadrants, element, stream));
+    }
     return sums;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The bodies of pool.cu and branch.cu on the CPU, behind functions that the tests call through ctypes.
 #include "cuda/branch_body.h"
+#include "cuda/quadrants.h"
 #include "fibers.h"
 
 namespace {
@@ -76,6 +77,10 @@ float host_to_float(int element, uint32_t bits) {
                         : to_float(BFloat{static_cast<uint16_t>(bits)});
 }
 
+int64_t host_quadrant_tiles(int64_t height, int64_t width) {
+    return quadrant_tiles(height, width);
+}
+
 // input lies within `bytes` bytes at `allocation`; read_counts [bytes]; plan [5]
 const char* host_pool(int element, const void* input, const int64_t* strides, int64_t batch, int64_t channels,
                       int64_t pixels, float* sums, const void* allocation, int64_t bytes,
@@ -108,6 +113,46 @@ const char* host_pool(int element, const void* input, const int64_t* strides, in
                             pool_pixels<E, kVector<E>>(m, s, plan.lanes, cluster.shared(0));
                         else
                             pool_pixels<E, 1>(m, s, plan.lanes, cluster.shared(0));
+                    });
+                }
+        });
+        std::copy(counts.begin(), counts.end(), read_counts);
+    });
+}
+
+// The same for the four bins of 2x2; sizes: batch, channels, height, width
+const char* host_quadrants(int element, const void* input, const int64_t* strides, const int64_t* sizes,
+                           float* sums, const void* allocation, int64_t bytes, uint8_t* read_counts,
+                           int64_t* plan_out) {
+    return guarded([&] {
+        PoolParams pool{};
+        pool.input = input, pool.sums = sums;
+        pool.sample = strides[0], pool.channel = strides[1], pool.pixel = strides[2];
+        pool.batch = sizes[0], pool.channels = sizes[1], pool.pixels = sizes[2] * sizes[3];
+        pool.tiles = static_cast<int>(quadrant_tiles(sizes[2], sizes[3]));
+        const QuadrantParams s = quadrant_params(pool, sizes[2], sizes[3]);
+        if (!pool_reads_in_place(pool)) throw std::runtime_error("cannot be read in place");
+        const PoolPlan plan = plan_pool(s.pool, element_size(element));
+        const int64_t told[] = {plan.planes, plan.wide, plan.lanes, plan.blocks, plan.rows};
+        std::copy(told, told + 5, plan_out);
+        counts.assign(static_cast<size_t>(bytes), 0);
+        allow(allocation, bytes);
+        with_element(element, [&](auto zero) {
+            using E = decltype(zero);
+            const int v = plan.wide && !plan.planes ? kVector<E> : 1;
+            for (int64_t y = 0; y < plan.rows; ++y)
+                for (int64_t x = 0; x < plan.blocks; ++x) {
+                    fibers::Cluster cluster(1, kPoolThreads, kPoolThreads * v);
+                    cluster.run([&](int block, int thread) {
+                        const fibers::Machine m{&cluster, block, thread, x, y, plan.rows};
+                        if (plan.planes && plan.lanes == kWarp)
+                            pool_plane_quadrants<E, kWarp>(m, s);
+                        else if (plan.planes)
+                            pool_plane_quadrants<E, 8>(m, s);
+                        else if (plan.wide)
+                            pool_pixel_quadrants<E, kVector<E>>(m, s, plan.lanes, cluster.shared(0));
+                        else
+                            pool_pixel_quadrants<E, 1>(m, s, plan.lanes, cluster.shared(0));
                     });
                 }
         });

@@ -35,10 +35,12 @@ def build(folder: Path) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{SOURCES}"]
     subprocess.run([COMPILER, *flags, str(source), "-o", str(library)], check=True)
     host = ctypes.CDLL(str(library))
-    for name in ("host_pool", "host_branch"):
+    for name in ("host_pool", "host_quadrants", "host_branch"):
         getattr(host, name).restype = ctypes.c_char_p
     host.host_pool_tiles.restype = ctypes.c_int64
     host.host_pool_tiles.argtypes = [ctypes.c_int64]
+    host.host_quadrant_tiles.restype = ctypes.c_int64
+    host.host_quadrant_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64]
     host.host_to_float.restype = ctypes.c_float
     host.host_to_float.argtypes = [ctypes.c_int, ctypes.c_uint32]
     return host
@@ -133,6 +135,28 @@ def pool(host, x: Image):
             begin,
             integers(*x.strides),
             *map(ctypes.c_int64, x.shape),
+            sums.pointer,
+            pointer(x.allocation),
+            ctypes.c_int64(x.allocation.size),
+            pointer(counts),
+            plan,
+        )
+    )
+    return sums.value(), counts, dict(zip(("planes", "wide", "lanes", "blocks", "rows"), plan, strict=True))
+
+
+def quadrants(host, x: Image, height: int, width: int):
+    """Sums of the four bins (N, T, C, 2, 2) of an image of height·width pixels, and as for `pool`."""
+    n, c, _ = x.shape
+    sums = Guarded(n, host.host_quadrant_tiles(height, width), c, 2, 2)
+    counts = np.zeros(x.allocation.size, np.uint8)
+    plan = integers(*[0] * 5)
+    check(
+        host.host_quadrants(
+            ELEMENTS[x.element],
+            pointer(x.allocation, x.offset),
+            integers(*x.strides),
+            integers(n, c, height, width),
             sums.pointer,
             pointer(x.allocation),
             ctypes.c_int64(x.allocation.size),

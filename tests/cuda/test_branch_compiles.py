@@ -21,7 +21,7 @@ pytestmark = [
 TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
 # the build itself compiles for both; one of them is looked at in every run of the tests
 EACH_TARGET = [pytest.param("sm_80", marks=pytest.mark.full), "sm_90a"]
-KERNELS = {"pool": 12, "branch": 12}  # kernels of a source, all element types together
+KERNELS = {"pool": 24, "branch": 12}  # kernels of a source, all element types together
 
 
 def _run(*command) -> str:

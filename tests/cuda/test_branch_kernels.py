@@ -117,6 +117,109 @@ def test_tiles(host):
         assert tiles == 1 or 4 * tiles < 0.016 * pixels
 
 
+QUADRANTS = [
+    # N, C, H, W: one pixel, one row, rows shorter than a vector, an odd middle, several tiles with and
+    # without one that is not full
+    (2, 5, 1, 1),
+    (3, 16, 1, 1),
+    (1, 3, 1, 9),
+    (2, 8, 6, 1),
+    (2, 3, 5, 3),
+    (2, 24, 7, 7),
+    (3, 40, 7, 7),
+    (1, 70, 14, 14),
+    (2, 8, 27, 29),
+    (1, 3, 41, 25),
+    (1, 16, 56, 56),
+]
+
+
+def quadrant_sums(values: np.ndarray, height: int, width: int, tiles: int) -> np.ndarray:
+    """(N, T, C, 2, 2): tiles of whole rows of each bin, all of one size but the last."""
+    n, c, _ = values.shape
+    values = values.reshape(n, c, height, width)
+    rows = -(-height // 2)
+    size = max(-(-128 // -(-width // 2)), -(-rows // 16))
+    assert tiles == -(-rows // size)
+    sums = np.empty((n, tiles, c, 2, 2))
+    for t in range(tiles):
+        for i in range(2):
+            top = i * height // 2
+            part = values[:, :, top + t * size : min(top + (t + 1) * size, top + rows)]
+            sums[:, t, :, i, 0] = part[..., : -(-width // 2)].sum((2, 3))
+            sums[:, t, :, i, 1] = part[..., width // 2 :].sum((2, 3))
+    return sums
+
+
+@pytest.mark.parametrize("element", kernels.ELEMENTS)
+@pytest.mark.parametrize("layout", ["planes", "pixels"])
+@pytest.mark.parametrize("shape", QUADRANTS, ids=str)
+def test_quadrants(host, rng, shape, layout, element):
+    n, c, height, width = shape
+    for shift, spare in ((0, 0), (1, 0), (3, 1), (0, 8)):
+        x = image(rng, element, (n, c, height * width), layout, shift, spare)
+        sums, counts, _ = kernels.quadrants(host, x, height, width)
+        values = kernels.decode(x.array(), element)
+        wanted = quadrant_sums(values, height, width, sums.shape[1])
+        bound = EPS * 64 * np.abs(values).sum(2).max()
+        np.testing.assert_allclose(sums, wanted, rtol=0, atol=bound)
+        # Nothing is read twice but the middle of odd sizes: by planes its row, by pixels its column as well.
+        size = 4 if element == "float32" else 2
+        like = kernels.Image(counts, x.offset, x.strides, x.shape, "float32" if size == 4 else "float16")
+        reads = like.array().view(np.uint32 if size == 4 else np.uint16) & 0xFF
+        reads = reads.reshape(n, c, height, width)
+        planes = c == 1 or (layout == "planes" and height * width > 1)
+        per_row = 1 + (2 * np.arange(height) + 1 == height)
+        per_column = 1 + (2 * np.arange(width) + 1 == width) * (not planes)
+        if height * width > 1:
+            np.testing.assert_array_equal(reads, np.broadcast_to(np.outer(per_row, per_column), reads.shape))
+        assert counts.sum(dtype=np.int64) == reads.sum(dtype=np.int64) * size
+
+
+def test_nan_stays_in_its_bins(host, rng):
+    """In slices whose pixels lie apart, too."""
+    x = image(rng, "float32", (2, 6, 98), "pixels")
+    every_other = kernels.Image(x.allocation, x.offset, (588, 1, 12), (2, 6, 49), "float32")
+    every_other.array()[1, 2, 8], every_other.array()[0, 5, 6] = np.nan, np.inf
+    sums, _, plan = kernels.quadrants(host, every_other, 7, 7)
+    assert not plan["planes"] and not plan["wide"]
+    assert np.isnan(sums[1, 0, 2, 0, 0]) and np.isinf(sums[0, 0, 5, 0, 1])
+    assert np.isfinite(sums).sum() == sums.size - 2
+    x = image(rng, "float16", (2, 8, 49), "planes")
+    x.array()[1, 2, 8], x.array()[0, 5, 6] = np.nan, np.inf
+    sums, _, plan = kernels.quadrants(host, x, 7, 7)
+    assert plan["planes"]
+    assert np.isnan(sums[1, 0, 2, 0, 0]) and np.isinf(sums[0, 0, 5, 0, 1])
+    assert np.isfinite(sums).sum() == sums.size - 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "lanes"),
+    [
+        # what expands in MobileNetV2
+        ((16, 112), "pixels", 2),
+        ((24, 56), "pixels", 4),
+        ((160, 7), "pixels", 32),
+        ((160, 7), "planes", 8),
+        ((16, 112), "planes", 32),
+    ],
+)
+def test_plan_of_quadrants(host, shape, layout, lanes):
+    channels, size = shape
+    x = image(np.random.default_rng(0), "bfloat16", (1, channels, size * size), layout)
+    plan = kernels.quadrants(host, x, size, size)[2]
+    assert plan["lanes"] == lanes and plan["wide"]
+
+
+def test_tiles_of_quadrants(host):
+    """As of whole images; none is without rows, so that none is without work."""
+    for height in (1, 2, 7, 14, 28, 33, 56, 112, 224, 1000):
+        for width in (1, 2, 7, 112, 5000):
+            tiles = host.host_quadrant_tiles(height, width)
+            assert 1 <= tiles <= 16 and tiles <= -(-height // 2)
+            assert tiles == 1 or 16 * tiles < 0.08 * height * width
+
+
 def test_nan_and_infinity_stay_where_they_are(host, rng):
     x = image(rng, "float16", (2, 9, 60), "planes")
     x.array()[0, 3, 17] = np.nan
