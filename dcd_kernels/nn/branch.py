@@ -39,6 +39,9 @@ GATES: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
+# what the CUDA kernels pool to, in the form of DynamicBranch.pool_size
+_FUSED_POOLS = (None, (2, 2))
+
 # Of the two coefficients' logits at the start, relative to what nn.Linear would give: small, so that a fresh
 # layer is close to its static kernel, and not zero, so that P, Q and the first FC get a gradient at once.
 INITIAL_SCALE = 0.1
@@ -253,8 +256,8 @@ class DynamicBranch(nn.Module):
         self, input: Tensor, squeeze: nn.Linear, gate: nn.Linear | None, expand: nn.Linear
     ) -> tuple[bool, str]:
         # The layers are arguments because a module takes its time to find one.
-        if self.pool_size is not None:
-            return False, f"pool_size={self.pool_size}, these kernels pool to one number a channel"
+        if self.pool_size not in _FUSED_POOLS:
+            return False, f"pool_size={self.pool_size}, these kernels pool to 1 or (2, 2)"
         if self.dropout and self.training:
             return False, "dropout in training"
         if not (_is_plain(squeeze) and _is_plain(gate) and _is_plain(expand)):
@@ -329,9 +332,15 @@ class DynamicBranch(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         from dcd_kernels.ops import branch as ops  # only there with the compiled extension
 
+        if self.pool_size is None:
+            pixels = input.shape[2:].numel()
+            sums = ops.channel_sums(input) if sums is None else sums
+        else:  # both bins of an axis are as long, for they share the middle of an odd size
+            pixels = ((input.shape[2] + 1) // 2) * ((input.shape[3] + 1) // 2)
+            sums = ops.channel_sums(input, 2)
         lam, phi = ops.branch(
-            ops.channel_sums(input) if sums is None else sums,
-            1.0 / input.shape[2:].numel(),
+            sums,
+            1.0 / pixels,
             squeeze.weight,
             squeeze.bias,
             None if gate is None else gate.weight,

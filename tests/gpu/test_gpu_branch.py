@@ -8,6 +8,7 @@ import copy
 import pytest
 import test_ops_branch as on_cpu
 import torch
+import torch.nn.functional as F
 from on_device import ON_GPU, seeded
 from torch import Tensor
 
@@ -65,15 +66,47 @@ def test_channel_sums(shape, dtype, device):
         assert (error <= 16 * EPS * x.double().abs().sum((2, 3))).all(), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*IMAGES, (8, 160, 7, 7), (2, 3, 1, 9), (2, 24, 56, 56)], ids=str)
+def test_quadrants(shape, dtype, device):
+    area = -(-shape[2] // 2) * -(-shape[3] // 2)
+    for name, x in images(shape, dtype).items():
+        sums = ops.channel_sums(moved(x, device), 2)
+        assert sums.shape == ops.channel_sums(x, 2).shape, name
+        pooled = [F.adaptive_avg_pool2d(t, 2).flatten(1) * area for t in (x.double(), x.double().abs())]
+        error = (sums.double().sum(1).cpu() - pooled[0]).abs()
+        assert (error <= 16 * EPS * pooled[1]).all(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(7, 7), (28, 28), (75, 60)], ids=str)
+def test_gradient_of_quadrants(size, dtype, device):
+    """Of the partial sums too: on the device and on the CPU the tiles have the same rows."""
+    x = torch.randn(2, 16, *size, generator=seeded(0)).to(dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = []
+        for place in (device, "cpu"):
+            image = x.to(place).to(memory_format=layout).requires_grad_()
+            sums = ops.channel_sums(image, 2)
+            weights = torch.arange(sums.numel()).view(sums.shape).to(place) / sums.numel()
+            found += torch.autograd.grad((sums * weights).sum(), image)
+            found.append(sums)
+        assert found[0].stride() == x.to(memory_format=layout).stride()
+        torch.testing.assert_close(found[0].cpu(), found[2], rtol=0, atol=0)
+        torch.testing.assert_close(found[1].cpu(), found[3], rtol=1e-4, atol=1e-4)
+
+
 def test_more_samples_than_a_grid_has_rows(device):
     x = torch.randn(70_000, 8, 2, 2, generator=seeded(0)).to(device)
     for image in (x, x.to(memory_format=torch.channels_last)):
         torch.testing.assert_close(ops.channel_sums(image)[:, 0], x.sum((2, 3)), rtol=1e-5, atol=1e-5)
+        assert torch.equal(ops.channel_sums(image, 2)[:, 0], x.flatten(1))  # bins of one pixel
 
 
 def test_sums_of_nothing(device):
     assert (ops.channel_sums(torch.zeros(2, 3, 0, 4, device=device)) == 0).all()
     assert ops.channel_sums(torch.zeros(0, 3, 4, device=device)).shape == (0, 1, 3)
+    assert (ops.channel_sums(torch.zeros(2, 3, 0, 4, device=device), 2) == 0).all()
 
 
 def on(tensors, device, aligned=True):
@@ -153,11 +186,18 @@ def coefficients_and_gradients(branch, *args):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate", ["relu", "se", "silu", "hardswish"])
+@pytest.mark.parametrize("gate", ["relu", "se", "silu", "hardswish", "se, 2x2"])
 def test_branch_and_gradients(gate, dtype, layout, device):
     """At most twice the error of torch's own operators, or what rounding to the dtype costs."""
     torch.manual_seed(0)
-    branch = DynamicBranch(64, 96, (8, 8), gate=gate, lam_activation="sigmoid2", bias=True, dtype=dtype)
+    gate, *pool_size = gate.split(", ")
+    options = {
+        "gate": gate,
+        "lam_activation": "sigmoid2",
+        "bias": True,
+        "pool_size": (2, 2) if pool_size else 1,
+    }
+    branch = DynamicBranch(64, 96, (8, 8), **options, dtype=dtype)
     branch = branch.to(device)
     x = torch.randn(6, 64, 28, 28, generator=seeded(1)).to(device, dtype).contiguous(memory_format=layout)
     x.requires_grad_()
@@ -199,8 +239,10 @@ def test_sums_of_a_producer(device):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_two_launches_and_the_same_bits(layout, cuda):
-    branch = DynamicBranch(96, 24, (4, 4), gate="se", dtype=torch.bfloat16).to(cuda)
+@pytest.mark.parametrize("pool_size", [1, (2, 2)], ids=str)
+def test_two_launches_and_the_same_bits(pool_size, layout, cuda):
+    options = {"gate": "se", "pool_size": pool_size, "dtype": torch.bfloat16}
+    branch = DynamicBranch(96, 24, (4, 4), **options).to(cuda)
     x = torch.randn(8, 96, 56, 56, generator=seeded(0)).to(cuda, torch.bfloat16)
     x = x.contiguous(memory_format=layout)
     torch.utils.deterministic.fill_uninitialized_memory = False  # fills are launches too
@@ -233,4 +275,5 @@ def test_opcheck(device):
     codes = ops.GATES.index("se"), ops.LAM_ACTIVATIONS.index("sigmoid2")
     torch.library.opcheck(torch.ops.dcd_kernels.branch.default, (tensors[0], 0.5, *tensors[1:], 4, *codes))
     image = torch.randn(2, 5, 30, 30, generator=seeded(0)).to(device).requires_grad_()
-    torch.library.opcheck(torch.ops.dcd_kernels.channel_sums.default, (image,))
+    torch.library.opcheck(torch.ops.dcd_kernels.channel_sums.default, (image, 1))
+    torch.library.opcheck(torch.ops.dcd_kernels.channel_sums.default, (image, 2))

@@ -70,6 +70,27 @@ def test_same_values_and_gradients(both, gate, lam_activation, bias):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * scale + 1e-7)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(7, 7), (8, 6), (1, 1), (1, 9), (40, 33)], ids=str)
+def test_two_by_two_pooling(both, size, layout):
+    """Values, gradients and second derivatives beside torch's adaptive pooling."""
+    torch.manual_seed(0)
+    options = {"gate": "se", "lam_activation": "sigmoid2", "squeeze_channels": 5, "pool_size": (2, 2)}
+    branch = strong(DynamicBranch(6, 7, (2, 2), **options))
+    x = torch.randn(4, 6, *size).to(memory_format=layout).requires_grad_()
+    leaves = [x, *branch.parameters()]
+
+    def run():
+        found = coefficients(branch, x)
+        first = torch.autograd.grad(sum(c.square().sum() for c in found), leaves, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), leaves)
+        return [*found, *first, *second]
+
+    for a, b in zip(*both(run), strict=True):
+        scale = b.detach().abs().max().item()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * scale + 1e-7)
+
+
 @pytest.mark.parametrize("options", [{"lam_channels": 0}, {"phi_shape": None}], ids=str)
 def test_absent_parts(both, options):
     branch = DynamicBranch(6, **{"lam_channels": 3, "phi_shape": (2, 2), **options})
@@ -82,11 +103,13 @@ def test_absent_parts(both, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_accuracy(both, dtype, layout):
+@pytest.mark.parametrize("pool_size", [1, (2, 2)])
+def test_accuracy(both, pool_size, dtype, layout):
     """Against float64 of the same values: at most twice the error of torch's operators."""
     torch.manual_seed(0)
-    branch = strong(DynamicBranch(40, 30, (6, 6), gate="se", lam_activation="sigmoid2", dtype=dtype))
-    x = torch.randn(3, 40, 14, 14).to(dtype).to(memory_format=layout)
+    options = {"gate": "se", "lam_activation": "sigmoid2", "pool_size": pool_size}
+    branch = strong(DynamicBranch(40, 30, (6, 6), **options, dtype=dtype))
+    x = torch.randn(3, 40, 14, 15).to(dtype).to(memory_format=layout)
     truth = coefficients(copy.deepcopy(branch).double(), x.double())
     for fused, plain, right in zip(*both(lambda: coefficients(branch, x)), truth, strict=True):
         assert fused.dtype == plain.dtype == torch.float32
@@ -152,11 +175,12 @@ def test_sums_where_they_cannot_be_used():
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("trains", [False, True])
-def test_layer_compiles_whole(monkeypatch, trains):
+@pytest.mark.parametrize("pool_size", [1, 2])
+def test_layer_compiles_whole(monkeypatch, pool_size, trains):
     """A layer whose branch is the ops, in one graph that has both of them."""
     monkeypatch.setattr(kernels, "can_run", lambda *_: (True, ""))
     torch.manual_seed(0)
-    layer = DCDConv2d(8, 12, 1, gate="se")
+    layer = DCDConv2d(8, 12, 1, gate="se", pool_size=pool_size)
     x = torch.randn(3, 8, 6, 5, requires_grad=trains)
     graphs = []
 
@@ -232,7 +256,9 @@ def test_reasons_of_the_branch(monkeypatch):
     monkeypatch.setattr(kernels, "can_run", lambda *_: (True, ""))
     x = torch.zeros(2, 6, 4, 4)
     assert DynamicBranch(6, 3, None).runs_fused(x)[0]
-    assert "pool_size" in DynamicBranch(6, 3, None, pool_size=(2, 2)).runs_fused(x)[1]
+    assert DynamicBranch(6, 3, None, pool_size=(2, 2)).runs_fused(x)[0]
+    for other in ((2,), (2, 1), (3, 3), (2, 2, 2)):
+        assert "pool_size" in DynamicBranch(6, 3, None, pool_size=other).runs_fused(x)[1]
     dropping = DynamicBranch(6, 3, None, dropout=0.5)
     assert "dropout" in dropping.runs_fused(x)[1]
     assert dropping.eval().runs_fused(x)[0]
