@@ -20,7 +20,10 @@ from operands import HALF, LAYOUTS, Case, call, operands, plain
 
 from dcd_kernels.checks import ACTIVATIONS
 
-pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+pytestmark = [
+    pytest.mark.usefixtures("triton_on_cpu"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),  # NumPy on NaN and infinity
+]
 
 # One pixel, 49, 63, odd sizes; 3, 24, 40 and more than a tile of channels; every padding of the latent.
 POINTWISE = [
