@@ -21,6 +21,7 @@ NOTES: dict[torch.dtype, str] = {}
 MINIMUM_CAPABILITY = (8, 0)
 WIDEST_LATENT = 128  # beyond it the latent's tile no longer fits beside the output's in registers
 _LIMIT = 2**31
+_ROW_LIMIT = 2**31 - 256  # the last tile may reach behind the last pixel
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KERNELS = {
     "pointwise": "fused pointwise kernel",
@@ -86,8 +87,8 @@ def supports(
     if latent > WIDEST_LATENT:
         return False, f"{latent} latent channels in all, these kernels hold {WIDEST_LATENT}"
     rows, elements = _extent(op, input, weight)
-    if rows >= _LIMIT or elements >= _LIMIT:
-        return False, "2**31 or more pixels in the batch, or elements in a sample"
+    if rows >= _ROW_LIMIT or elements >= _LIMIT:
+        return False, "2**31 - 256 or more pixels in the batch, or elements in a sample"
     return True, "GPU tensors of a supported dtype"
 
 

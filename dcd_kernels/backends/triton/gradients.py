@@ -34,6 +34,7 @@ CONFIGS = (
 # 64 rows and columns at least, however few the channels: products of other sizes run on other matrix
 # instructions, and a loop with both kinds waits for each. Eight warps, for the four accumulators.
 FUSED_CONFIGS = (Config(64, 64, 64, 8, 3), Config(64, 128, 64, 8, 3), Config(128, 64, 64, 8, 3))
+_SINGLE_CONFIGS = (FUSED_CONFIGS[0], *(c for c in CONFIGS if c.block_m * c.block_n <= 2048))  # for float32
 WIDEST_FUSED = 16  # latent channels up to which dP and dQ ride along with dW0 for less than reading again
 _BLOCK = 256  # of add_runs
 _PROGRAMS = 2 * MULTIPROCESSORS  # what a split of a sum over samples aims at
@@ -269,6 +270,8 @@ def _choose(a: Image, b: Image, start, latent: int, *choice: bool) -> Config:
         *(int(a.last), int(b.last), *map(int, choice)),
     )
     configs, least = (FUSED_CONFIGS, 64) if latent else (CONFIGS, 16)
+    if a.tensor.dtype == torch.float32 and not latent:
+        configs = _SINGLE_CONFIGS
     sides = (max(channels, least) for channels in (a_channels, b_channels))
     return choose("pixel_sums", key, fitting(configs, *sides, configs[0].block_k), start)
 

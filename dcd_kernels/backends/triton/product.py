@@ -46,11 +46,15 @@ CONFIGS = (
     Config(16, 16, 16, 4, 3),
 )
 _SMALLEST = 32  # pixels from which λ on the reduction axis gets tiles of one sample each, see the kernel
-_LIGHT_CONFIGS = (
+# Four warps hold 1024 sums each at most beside a wide latent, or in float32, whose operands are as wide.
+_ROOMY_CONFIGS = tuple(c for c in CONFIGS if c.block_m * c.block_n <= 1024 * c.num_warps)
+# Where rows begin anywhere, every element has an address of its own in registers as well.
+_SCATTERED_CONFIGS = (
     Config(64, 64, 64, 8, 3),
     Config(64, 32, 64, 8, 3),
     Config(64, 32, 64, 4, 3),
-    *(c for c in CONFIGS if c.block_m * c.block_n <= 2048),
+    Config(64, 16, 64, 4, 3),
+    *(c for c in CONFIGS if c.block_m <= 64 and c.block_m * c.block_n <= 2048),
 )
 _SAMPLES = 16  # that a tile may run through, one after the other
 _WASTE = 1.1  # tiles may overhang the maps by this much before they run on from sample to sample
@@ -359,9 +363,10 @@ def run(
     )
     alone = pooled or (scales == LAM_ON_INPUT and pixels >= _SMALLEST)
     widest = pixels if alone else min(batch, _SAMPLES) * pixels
-    # where rows begin anywhere, every element has an address of its own in registers
-    scattered = pixel_unit * input.element_size() < 8 and not (x.last and (y is None or y.last))
-    configs = _LIGHT_CONFIGS if scattered else CONFIGS
+    if pixel_unit * input.element_size() < 8 and not (x.last and (y is None or y.last)):
+        configs = _SCATTERED_CONFIGS
+    else:
+        configs = CONFIGS if half and max(l_in, l_out) <= 16 else _ROOMY_CONFIGS
     candidates = fitting(configs, widest, out_channels, in_channels, out_channels, batch * pixels)
     start(choose("product", key, candidates, start))
     return sums[0]

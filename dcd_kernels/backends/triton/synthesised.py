@@ -210,6 +210,8 @@ def run(
         *(int(x.last), bucket(batch * pixels), pixel_unit, int(pooled)),
     )
     deep = tuple(c for c in CONFIGS if c.block_k == padded(in_channels))
+    if input.dtype == torch.float32:  # as in product.py
+        deep = tuple(c for c in deep if c.block_m * c.block_n <= 1024 * c.num_warps)
     candidates = fitting(deep, pixels, max(out_channels, 32), in_channels)
     start(choose("synthesised", key, candidates, start))
     return sums[0]

@@ -24,6 +24,7 @@ import triton
 TUNE, FOLDER = "DCD_KERNELS_TUNE", "DCD_KERNELS_CACHE"
 _ROUNDS = 5
 _TRIED = 3
+_SHORTEST = 32  # step of a reduction that is as long
 MULTIPROCESSORS = 132  # of an H100 or H200; the other GPUs served have about as many
 _chosen: dict[tuple[int, str], Config] = {}
 _remembered: dict[int, dict[str, list[int]]] = {}
@@ -81,6 +82,8 @@ def fitting(
 def _fitting(candidates, m, n, k, columns, rows, multiprocessors) -> tuple[Config, ...]:
     widest = [max(16, bucket(size)) for size in (m, n, k)]
     fits = [c for c in candidates if all(own <= most for own, most in zip(c[:3], widest, strict=True))]
+    # a reduction of many short steps is all waiting
+    fits = [c for c in fits if c.block_k >= min(widest[2], _SHORTEST)] or fits
 
     def rank(config: Config) -> tuple[int, int]:
         tiles = -(-rows // config.block_m) * -(-columns // config.block_n) if rows else 0
