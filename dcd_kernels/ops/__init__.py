@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
-from . import autocast, autograd, branch, fakes, moments
+from . import autocast, autograd, branch, fakes, flops, moments  # noqa: F401 (flops registers formulas)
 from .calls import call
 
 __all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_pooled"]

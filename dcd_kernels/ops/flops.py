@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Formulas of the ops for torch's ``FlopCounterMode``: twice the multiply-adds of ``dcd_kernels.madds``.
+
+Counted is the order of the product that the CPU kernels take, in their place on a GPU too. Bias, activation,
+skip connection and λ on a finished output are free, as torch counts a convolution. The formulas see shapes.
+"""
+
+import math
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import madds
+
+_ops = torch.ops.dcd_kernels
+
+
+def _latent(p, phi) -> tuple[int, int]:
+    """L of one block, and how many blocks."""
+    return (0, 1) if p is None else (p[1], phi[1] if len(phi) == 4 else 1)
+
+
+def _pixels(image) -> int:
+    return math.prod(image[2:])
+
+
+@register_flop_formula([_ops.pointwise, _ops.pointwise_pooled])
+def pointwise(input, weight, p, phi, q, lam, bias, residual, activation, *, out_shape=None) -> int:
+    out_channels, in_channels = weight
+    pixels = _pixels(input)
+    dynamic = madds.pointwise_residual(in_channels, out_channels, *_latent(p, phi), pixels)
+    return 2 * input[0] * (out_channels * in_channels * pixels + dynamic)
+
+
+@register_flop_formula(_ops.pointwise_backward)
+def pointwise_backward(grad, input, weight, p, phi, q, lam, needs, *, out_shape=None) -> int:
+    out_channels, in_channels = weight
+    sizes = (in_channels, out_channels, *_latent(p, phi), _pixels(input))
+    return 2 * input[0] * madds.pointwise_gradients(*sizes, needs)
+
+
+@register_flop_formula(_ops.apply)
+def apply(static, input, p, phi, q, lam, bias, residual, activation, *, out_shape=None) -> int:
+    latent, blocks = _latent(p, phi)
+    if latent == 0:
+        return 0
+    sizes, pixels = (input[1], static[1], latent), _pixels(static)
+    if q is None:
+        return 2 * static[0] * madds.without_q(*sizes, pixels)
+    return 2 * static[0] * madds.on_map(*sizes, blocks, pixels)
+
+
+@register_flop_formula(_ops.apply_backward)
+def apply_backward(grad, static, input, p, phi, q, lam, needs, *, out_shape=None) -> int:
+    sizes = (input[1], grad[1], *_latent(p, phi), _pixels(grad))
+    return 2 * grad[0] * madds.apply_gradients(*sizes, needs, q is not None)
+
+
+@register_flop_formula(_ops.depthwise)
+def depthwise(
+    input,
+    weight,
+    p,
+    phi,
+    r,
+    lam,
+    bias,
+    residual,
+    stride,
+    padding,
+    dilation,
+    activation,
+    *,
+    out_shape=None,
+) -> int:
+    taps = math.prod(weight[2:])
+    weights = madds.depthwise_weights(weight[0], taps, _latent(p, phi)[0], lam is not None)
+    return 2 * input[0] * (weight[0] * taps * _pixels(out_shape) + weights)
+
+
+@register_flop_formula(_ops.depthwise_backward)
+def depthwise_backward(
+    grad, input, weight, p, phi, r, lam, stride, padding, dilation, needs, *, out_shape=None
+) -> int:
+    sizes = (weight[0], math.prod(weight[2:]), _latent(p, phi)[0], _pixels(grad))
+    return 2 * grad[0] * madds.depthwise_gradients(*sizes, needs, lam is not None)
+
+
+@register_flop_formula(_ops.latent_moments)
+def latent_moments(input, q, *, out_shape=None) -> int:
+    """z = Qᵀx and the upper and lower half of its covariance, at every pixel."""
+    return 2 * input[0] * _pixels(input) * (q[0] * q[1] + q[1] ** 2)
+
+
+@register_flop_formula(_ops.branch)
+def branch(sums, scale, squeeze, squeeze_bias, gate, gate_bias, expand, *others, out_shape=None) -> int:
+    """The fully connected layers."""
+    weights = [shape for shape in (squeeze, gate, expand) if shape is not None]
+    return 2 * sums[0] * sum(math.prod(shape) for shape in weights)
