@@ -39,30 +39,37 @@ DCD_BODY void sum_rows(const E* from, int64_t count, int width, int lane, int la
     const int left_end = (width + 1) / 2, right_begin = width / 2;
     left = right = 0.0f;
     const auto add = [&](float value, int column) {
-        // a choice, not a product with 0 or 1, which would spread NaN and infinity
-        left += column < left_end ? value : 0.0f;
-        right += column >= right_begin ? value : 0.0f;
+        // not times 0 or 1, which would spread NaN and infinity
+        if (column < left_end) left += value;
+        if (column >= right_begin) right += value;
     };
     const Run run = split_run(from, count);
     if (lane < run.head) add(to_float(load_one(from + lane)), lane % width);
     const int vectors_end = run.head + static_cast<int>(run.vectors) * v;
     if (lane < run.tail) add(to_float(load_one(from + vectors_end + lane)), (vectors_end + lane) % width);
+    from += run.head;
     int first = (run.head + lane * v) % width;
     const int step = lanes * v % width;
-    from += run.head;
-    DCD_UNROLL_BY_4
-    for (int64_t i = lane; i < run.vectors; i += lanes) {
-        float values[v];
-        load_vector(from + i * v, values);
-        int column = first;
-        DCD_UNROLL
-        for (int k = 0; k < v; ++k) {
-            add(values[k], column);
-            column = column + 1 == width ? 0 : column + 1;
+    const auto add_vectors = [&](auto next) {
+        DCD_UNROLL_BY_4
+        for (int64_t i = lane; i < run.vectors; i += lanes) {
+            float values[v];
+            load_vector(from + i * v, values);
+            int column = first;
+            DCD_UNROLL
+            for (int k = 0; k < v; ++k) {
+                add(values[k], column);
+                column = next(column);
+            }
+            first += step;
+            if (first >= width) first -= width;
         }
-        first += step;
-        if (first >= width) first -= width;
-    }
+    };
+    // Where no vector goes on in the next row, a fifth of the work is spared.
+    if (run.head == 0 && width % v == 0)
+        add_vectors([](int column) { return column + 1; });
+    else
+        add_vectors([&](int column) { return column + 1 == width ? 0 : column + 1; });
 }
 
 // Each group of LANES threads: the four sums of one tile of one plane.
