@@ -116,8 +116,9 @@ class DynamicBranch(nn.Module):
         λ = lam_activation(logits)
 
     The whole branch is computed in fp32 where the input is fp16 or bf16, under autocast too, and so are the
-    coefficients it returns; float64 stays float64. A fresh branch gives λ near 1 and Φ near 0. On a GPU it is
-    two kernels, one where the input's producer summed it up (:meth:`runs_fused` says whether, and why not).
+    coefficients it returns; float64 stays float64. A fresh branch gives λ near 1 and Φ near 0. On a GPU a
+    branch that pools to 1 or (2, 2) is two kernels, one where the input's producer summed it up
+    (:meth:`runs_fused` says whether, and why not).
 
     Args:
         in_channels: channels of the tensor that the coefficients are computed from.
