@@ -8,7 +8,11 @@ import pathlib
 import sys
 
 # name on the command line -> module with main(arguments); the first is the default
-SUITES = {"pointwise": "benchmarks.pointwise", "gpu": "benchmarks.gpu"}
+SUITES = {
+    "pointwise": "benchmarks.pointwise",
+    "gpu": "benchmarks.gpu",
+    "complexity": "benchmarks.complexity",
+}
 
 
 def main(arguments: list[str]) -> int:
