@@ -40,6 +40,7 @@ add_library(_ops_cuda MODULE
   csrc/cuda/ops_cuda_branch.cpp
   csrc/cuda/ops_cuda_depthwise.cpp
   csrc/cuda/branch.cu
+  csrc/cuda/device.cu
   csrc/cuda/pool.cu
   csrc/cuda/depthwise_convolve_bfloat.cu
   csrc/cuda/depthwise_convolve_float.cu

@@ -105,8 +105,5 @@ int sums_float(const SumsParams& s, bool last, int kernel, Mode mode, void* stre
 int sums_half(const SumsParams& s, bool last, int kernel, Mode mode, void* stream);
 int sums_bfloat(const SumsParams& s, bool last, int kernel, Mode mode, void* stream);
 int reduce(ReduceParams s, void* stream);
-const char* error_text(int code);
-// The CUDA runtime inside this library has a current device of its own.
-int use_device(int index);
 
 }  // namespace dcd::cuda::dw

@@ -17,12 +17,4 @@ int reduce(ReduceParams s, void* stream) {
     return static_cast<int>(cudaGetLastError());
 }
 
-int use_device(int index) {
-    return static_cast<int>(cudaSetDevice(index));
-}
-
-const char* error_text(int code) {
-    return cudaGetErrorString(static_cast<cudaError_t>(code));
-}
-
 }  // namespace dcd::cuda::dw

@@ -7,6 +7,7 @@
 #include "branch.h"
 #include "pool.h"
 #include "quadrants.h"
+#include "stream.h"
 
 namespace dcd {
 namespace {
@@ -21,12 +22,6 @@ Element element_of(const Tensor& t, const char* name) {
     return type == ScalarType::Float  ? Element::kFloat
            : type == ScalarType::Half ? Element::kHalf
                                       : Element::kBFloat;
-}
-
-void* current_stream(const Tensor& t) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    return stream;
 }
 
 void check_launch(const char* op, const char* error) {
@@ -56,7 +51,7 @@ Tensor channel_sums(const Tensor& input, int64_t bins) {  // [N, C, *spatial] ->
     s.sample = strides.sample, s.channel = strides.channel, s.pixel = strides.pixel;
     s.tiles = static_cast<int>(tiles);
     s.sums = static_cast<float*>(sums.mutable_data_ptr());
-    void* stream = current_stream(input);
+    void* stream = stream_of(input);
     if (bins == 1) {
         s.tile_pixels = pool_tile_pixels(s.pixels, tiles);
         check_launch("channel_sums", launch_pool(s, element, stream));
@@ -111,7 +106,7 @@ std::tuple<Tensor, Tensor> branch(const Tensor& sums,                  // [N, T,
     s.outputs = static_cast<int>(shape.outputs), s.lam_channels = static_cast<int>(lam_channels);
     s.gate_code = static_cast<int>(gate), s.lam_code = static_cast<int>(lam_code);
     s.scale = static_cast<float>(scale);
-    check_launch("branch", launch_branch(s, element, current_stream(sums)));
+    check_launch("branch", launch_branch(s, element, stream_of(sums)));
     return {lam, phi};
 }
 

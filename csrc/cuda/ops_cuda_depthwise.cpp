@@ -5,6 +5,7 @@
 
 #include "../depthwise_checks.h"
 #include "depthwise_plan.h"
+#include "stream.h"
 
 namespace dcd {
 namespace {
@@ -83,15 +84,7 @@ struct Held {
 };
 
 void check_launch(int code) {
-    STD_TORCH_CHECK(code == 0, "a CUDA depthwise kernel could not be started: ", error_text(code));
-}
-
-// The stream to launch on, whose device is made the current one.
-void* current_stream(const Tensor& t) {
-    check_launch(use_device(t.get_device_index()));
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    return stream;
+    STD_TORCH_CHECK(code == 0, "a CUDA depthwise kernel could not be started: ", cuda::error_text(code));
 }
 
 // f(T{}, std::bool_constant<LAST>{}) for the type of the image and the order of its elements.
@@ -156,7 +149,7 @@ Tensor depthwise(const Tensor& input,             // [N, C, H, W]
     s.bias = parameter(bias_), s.bias_sample = bias && bias->dim() == 2 ? weight.size(0) : 0;
     s.activation = static_cast<int>(activation);
     start_convolve(s, type_code(input.scalar_type()), last, static_cast<int>(weight.size(2)),
-                   stride[0] == 1 ? kSame : kDown, current_stream(input));
+                   stride[0] == 1 ? kSame : kDown, stream_of(input));
     return output;
 }
 
@@ -248,7 +241,7 @@ SixTensors depthwise_backward(const Tensor& grad,         // [N, C, H', W']
     const Tensor g = as_map(grad, last, type);
     const Held held(weight, p, phi, r, lam);
     const int kernel = static_cast<int>(weight.size(2)), code = type_code(type);
-    void* stream = current_stream(input);
+    void* stream = stream_of(input);
     if (d_input.numel()) {
         ConvolveParams s{};
         s.batch = input.size(0), s.channels = static_cast<int>(input.size(1));

@@ -85,6 +85,10 @@ int reduce(ReduceParams s, void*) {
     run_reduce(s);
     return 0;
 }
+}  // namespace dcd::cuda::dw
+
+namespace dcd::cuda {
+
 int use_device(int) {
     return 0;
 }
@@ -92,4 +96,4 @@ const char* error_text(int) {
     return "no error";
 }
 
-}  // namespace dcd::cuda::dw
+}  // namespace dcd::cuda
