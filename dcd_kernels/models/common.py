@@ -11,7 +11,12 @@ from torch import nn
 
 from dcd_kernels.nn.branch import one_of
 from dcd_kernels.nn.conv import DCDConv2d
-from dcd_kernels.nn.latent import LatentRule, latent_channels, squeeze_channels
+from dcd_kernels.nn.latent import (
+    LatentRule,
+    latent_channels,
+    latent_kernel_elements,
+    squeeze_channels,
+)
 from dcd_kernels.nn.linear import DCDLinear
 
 # name of a formulation (Table 1 of the DCD paper) -> what the layer has
@@ -88,7 +93,9 @@ class Layers:
                     in_channels,
                     out_channels,
                     blocks=blocks or 1,
-                    latent_kernel=(latent_kernel or max(1, kernel_size**2 // 2)) if joint else 1,
+                    latent_kernel=(latent_kernel or latent_kernel_elements((kernel_size,) * 2))
+                    if joint
+                    else 1,
                 )
             pooled = in_channels * (pool_size**2 if isinstance(pool_size, int) else math.prod(pool_size))
             squeeze = squeeze_channels(pooled, size**2, self.reduction)

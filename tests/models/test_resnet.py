@@ -313,6 +313,9 @@ def test_options_reach_the_layers():
     assert resnet50(device="meta").dropout.p == 0.1 and resnet18(device="meta").dropout.p == 0
     assert resnet18(device="meta", joint=True, latent_kernel=2).layer1[0].conv1.latent_kernel == 2
     assert resnet18(device="meta", pool_size=3).layer1[0].conv1.latent_channels == 24
+    # Φ of a wide latent asks for the wider squeeze: 64² / 16 against 256 / 16
+    assert resnet18(device="meta", latent_channels=64).layer1[0].conv1.branch.squeeze_channels == 256
+    assert resnet18(device="meta", joint=True).layer1[0].conv1.branch.squeeze_channels == 16
     assert resnet18(device="meta", blocks=4).layer1[0].conv1.branch.phi_shape == (4, 8, 8)
 
 
