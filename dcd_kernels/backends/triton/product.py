@@ -364,7 +364,7 @@ def run(
     alone = pooled or (scales == LAM_ON_INPUT and pixels >= _SMALLEST)
     widest = pixels if alone else min(batch, _SAMPLES) * pixels
     if pixel_unit * input.element_size() < 8 and not (x.last and (y is None or y.last)):
-        configs = _SCATTERED_CONFIGS
+        configs = _SCATTERED_CONFIGS[max(l_in, l_out) > 16 :]  # the first has no room for a wide latent
     else:
         configs = CONFIGS if half and max(l_in, l_out) <= 16 else _ROOMY_CONFIGS
     candidates = fitting(configs, widest, out_channels, in_channels, out_channels, batch * pixels)
