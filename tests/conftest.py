@@ -35,6 +35,12 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def fresh_compiler():
     """torch.compile from nothing: the parametrised tests share their code, and recompilations are limited."""
