@@ -32,6 +32,7 @@ bool can_cluster(int device, int major) {
     cudaFuncAttributes attributes;
     const bool can =
         cudaFuncGetAttributes(&attributes, branch_kernel<E, 1>) == cudaSuccess && attributes.ptxVersion >= 90;
+    if (!can) (void)cudaGetLastError();
     if (device < kKnownDevices) known[device] = can ? 2 : 1;
     return can;
 }
@@ -99,7 +100,9 @@ const char* launch_branch(const BranchParams& s, Element element, void* stream) 
     const cudaError_t error = element == Element::kFloat  ? launch_for<float>(s, on)
                               : element == Element::kHalf ? launch_for<Half>(s, on)
                                                           : launch_for<BFloat>(s, on);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    if (error == cudaSuccess) return nullptr;
+    (void)cudaGetLastError();  // or the next launch would be taken for the one that failed
+    return cudaGetErrorString(error);
 }
 
 }  // namespace dcd::cuda

@@ -27,7 +27,8 @@ def _known_capability(index: int) -> tuple[int, int]:
 
 
 @torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a device."""
     return _known_capability(index)
 
 
@@ -37,8 +38,8 @@ def obstacle(input: Tensor) -> str:
         return extension.CUDA_REASON
     if not input.is_cuda:
         return f"input is on {input.device}, these kernels run on CUDA devices"
-    if _capability(input.device.index) < MINIMUM_CAPABILITY:
-        have, need = (".".join(map(str, c)) for c in (_capability(input.device.index), MINIMUM_CAPABILITY))
+    if capability(input.device.index) < MINIMUM_CAPABILITY:
+        have, need = (".".join(map(str, c)) for c in (capability(input.device.index), MINIMUM_CAPABILITY))
         return f"compute capability {have}, these kernels need {need}"
     return ""
 

@@ -95,8 +95,8 @@ def collect(device: str, keyword: str) -> dict[pathlib.Path, int]:
     counts = collections.Counter(
         line.split("::")[0] for line in done.stdout.splitlines() if line.startswith("tests/gpu/")
     )
-    if not counts:
-        sys.exit(f"no tests were collected:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    if done.returncode or not counts:
+        sys.exit(f"not all tests were collected:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     return {ROOT / name: count for name, count in counts.items()}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dcd_kernels as dcd
+from dcd_kernels.backends import cuda
 
 
 class Call(nn.Module):
@@ -38,6 +39,7 @@ CALLS = [
 def traced(function: str, first, second, options, capability: tuple[int, int], monkeypatch) -> list[str]:
     """Operators of the whole graph; torch.export raises where torch.compile(fullgraph=True) would."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    cuda._known_capability.cache_clear()
     with FakeTensorMode(), torch.no_grad():
 
         def given(*shape: int) -> Tensor:

@@ -47,11 +47,13 @@ class Device:
         monkeypatch.setenv(tuning.FOLDER, str(folder))
         monkeypatch.delenv(tuning.TUNE, raising=False)
         for name, value in {
-            "is_available": lambda: True,
+            "is_initialized": lambda: True,
             "current_device": lambda: self.index,
             "is_current_stream_capturing": lambda: self.capturing,
             "get_device_properties": lambda index: SimpleNamespace(name=self.name),
             "Event": Event,
+            "_sleep": lambda cycles: None,
+            "synchronize": lambda: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         self.forget(monkeypatch)
@@ -74,6 +76,7 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     return Device(monkeypatch, tmp_path)
 
 
@@ -123,9 +126,15 @@ def test_nothing_is_measured_by_the_users_wish_or_without_a_gpu(device, monkeypa
     monkeypatch.setenv(tuning.TUNE, "0")
     assert device.choose() == SMALL
     monkeypatch.delenv(tuning.TUNE)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert device.choose() == SMALL
     assert not device.ran
+
+
+def test_determinism_takes_the_same_tile_everywhere(device, monkeypatch):
+    assert device.choose() == MIDDLE
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert device.choose() == SMALL
 
 
 def test_a_single_candidate_needs_no_measuring(device):

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ... import extension
 from ...geometry import Geometry
+from ..cuda import MINIMUM_CAPABILITY, capability
 
 NAME = "triton"
 NOTES: dict[torch.dtype, str] = {}
-MINIMUM_CAPABILITY = (8, 0)
 WIDEST_LATENT = 128  # beyond it the latent's tile no longer fits beside the output's in registers
 _LIMIT = 2**31
 _ROW_LIMIT = 2**31 - 256  # the last tile may reach behind the last pixel
@@ -43,11 +43,6 @@ def _missing() -> str:
 _MISSING = _missing()
 
 
-@torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def can_run(
     op: str,
     input: Tensor,
@@ -63,8 +58,8 @@ def can_run(
         return False, _MISSING
     if not input.is_cuda:
         return False, f"input is on {input.device}, these kernels run on GPUs"
-    if not torch.version.hip and _capability(input.device.index) < MINIMUM_CAPABILITY:
-        have, need = (".".join(map(str, c)) for c in (_capability(input.device.index), MINIMUM_CAPABILITY))
+    if not torch.version.hip and capability(input.device.index) < MINIMUM_CAPABILITY:
+        have, need = (".".join(map(str, c)) for c in (capability(input.device.index), MINIMUM_CAPABILITY))
         return False, f"compute capability {have}, these kernels need {need}"
     return supports(op, input, weight, p, phi, q, lam)
 

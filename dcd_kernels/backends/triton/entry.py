@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The operators on Triton kernels: checked operands in, launches, tensors out.
 
-Each function has the signature of the op of its name (csrc/ops_*.cpp); register.py makes them the CUDA
-implementations. Block-diagonal factors (Eq. 7) are widened to dense ones of B·L latent channels first: they
-are parameters and L×L matrices, small beside an image, and the kernels stay free of blocks.
+Each function has the signature of the op of its name (csrc/ops_*.cpp); the package registers them for CUDA.
+Block-diagonal factors (Eq. 7) are widened to dense ones of B·L latent channels first: they are parameters and
+L×L matrices, small beside an image, and the kernels stay free of blocks.
 """
 
 from __future__ import annotations
@@ -76,10 +76,12 @@ def pointwise_backward(
     """Gradients of the six factors for G = ``grad``; bit i of ``needs`` asks for return i."""
     operands.check_pointwise(input, weight, p, phi, q, lam, None, None)
     operands.check_like("grad", grad, input, weight.shape[0])
+    operands.check_needs(needs, input=input, weight=weight, p=p, phi=phi, q=q, lam=lam)
     factors = (input, weight, p, phi, q, lam)
     if not grad.numel() or not input.numel():
         return operands.zeros(factors, needs, 1)
-    grad = grad.to(input.dtype)
+    # copied once here if at all, and not by each kernel
+    grad, input = image(grad.to(input.dtype)).tensor, image(input).tensor
     blocks = operands.blocks_of(phi)
     p, phi, q = operands.widen(p, phi, q)
     d_input, latents = _input_gradient(grad, input, weight, p, phi, q, lam, needs & 1, needs >> 2 & 0b111)
@@ -123,6 +125,8 @@ def apply_backward(
     """Gradients of static, input, p, phi, q and lam; otherwise as `pointwise_backward`."""
     operands.check_apply(static, input, p, phi, q, lam, None, None)
     operands.check_like("grad", grad, static, static.shape[1])
+    read = None if p is None else input
+    operands.check_needs(needs, static=static, input=read, p=p, phi=phi, q=q, lam=lam)
     factors = (static, input, p, phi, q, lam)
     if not grad.numel():
         return operands.zeros(factors, needs, 2)
@@ -132,7 +136,7 @@ def apply_backward(
     elif needs & 0b100001:
         # G unrounded: a sum over the pixels can be much smaller than what it adds up
         d_static, d_lam = scaling.run(grad, static, lam, needs & 1, needs >> 5 & 1)
-    grad = grad.to(static.dtype)
+    grad = image(grad.to(static.dtype)).tensor
     d_input = d_p = d_phi = d_q = None
     if p is not None:
         blocks = operands.blocks_of(phi)

@@ -4,7 +4,7 @@
 All of them are products A_n B_nᵀ over a sample's pixels: S_n = G xᵀ gives dW0 = Σ λ⊙S and dλ = rowsum(S⊙W0);
 with h = ΦQᵀx and s = ΦᵀPᵀG, which product.py stores, dP = Σ G hᵀ and dQ = Σ x sᵀ; dΦ_n = (PᵀG)(Qᵀx)ᵀ.
 S_n never leaves the chip. A program owns one tile and a run of samples; the runs' sums are float32 and are
-added in a fixed order by `add_runs`, so that the same inputs always give the same bits.
+added in a fixed order by `add_runs`, so that the same inputs and tile always give the same bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONFIGS = (
 FUSED_CONFIGS = (Config(64, 64, 64, 8, 3), Config(64, 128, 64, 8, 3), Config(128, 64, 64, 8, 3))
 _SINGLE_CONFIGS = (FUSED_CONFIGS[0], *(c for c in CONFIGS if c.block_m * c.block_n <= 2048))  # for float32
 WIDEST_FUSED = 16  # latent channels up to which dP and dQ ride along with dW0 for less than reading again
-_BLOCK = 256  # of add_runs
+_RUNS, _BLOCK = 16, 128  # of add_runs
 _PROGRAMS = 2 * MULTIPROCESSORS  # what a split of a sum over samples aims at
 
 
@@ -107,8 +107,8 @@ def pixel_sums(
         tile = step % tiles
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         in_p = p < pixels
-        a_at = n * (a_sample * A_UNIT) + tl.trans(offsets(p, i, a_step, A_UNIT, A_LAST))
-        b_at = n * (b_sample * B_UNIT) + offsets(p, j, b_step, B_UNIT, B_LAST)
+        a_at = n * a_sample * A_UNIT + tl.trans(offsets(p, i, a_step, A_UNIT, A_LAST))
+        b_at = n * b_sample * B_UNIT + offsets(p, j, b_step, B_UNIT, B_LAST)
         left = tl.load(a + a_at, mask=in_i[:, None] & in_p[None, :], other=0.0)
         right = tl.load(b + b_at, mask=in_p[:, None] & in_j[None, :], other=0.0)
         if per_sample:
@@ -167,14 +167,17 @@ def add_runs(
     second_size,
     row_count,
     row_size,
+    RUNS: tl.constexpr,  # added up at a time
     BLOCK: tl.constexpr,
 ):
     """Adds up what the programs of `pixel_sums` left, in their order, and rounds once."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if runs is not None:
         total = tl.zeros((BLOCK,), tl.float32)
-        for run in range(count):
-            total += tl.load(runs + tl.full((), size, tl.int64) * run + at, mask=at < size, other=0.0)
+        for start in range(0, count, RUNS):
+            run = start + tl.arange(0, RUNS)[:, None]
+            run_at = run.to(tl.int64) * size + at[None, :]
+            total += tl.sum(tl.load(runs + run_at, mask=(run < count) & (at < size)[None, :], other=0.0), 0)
         tl.store(first + at, total.to(first.dtype.element_ty), mask=at < first_size)
         if second is not None:
             end = first_size + second_size
@@ -225,7 +228,7 @@ def sum_pixels(
 
     def start(config: Config) -> None:
         tiles = -(-a_channels // config.block_m) * -(-b_channels // config.block_n)
-        samples = -(-batch // max(1, min(batch, _PROGRAMS // tiles)))
+        samples = -(-batch // min(batch, -(-_PROGRAMS // tiles)))
         runs = row_runs = None
         if wants_sums:
             size = sum(t.numel() for t in (ab, ah, bs) if t is not None)
@@ -349,6 +352,7 @@ def _add_runs(
         "second_size": 0 if second is None else second.numel(),
         "row_count": 0 if rows is None else rows.shape[0],
         "row_size": 0 if rows is None else rows.shape[1],
+        "RUNS": _RUNS,
         "BLOCK": _BLOCK,
     }
     widest = max(partial.shape[1] for partial in (runs, rows) if partial is not None)

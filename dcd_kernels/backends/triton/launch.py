@@ -11,6 +11,7 @@ from torch import Tensor
 from ...ops.fakes import is_channels_last
 
 _WIDEST = 16
+_REACH = 2**31  # of the kernels' offsets within a sample
 
 
 class Image(NamedTuple):
@@ -76,6 +77,8 @@ def _evenly(tensor: Tensor) -> tuple[int, int, int] | None:
     if tensor.shape[0] == 1:
         sample = tensor.shape[1] * pixels_of(tensor)
     if (pixel != 1 and channel != 1) or 0 in (sample, channel, pixel):
+        return None
+    if (tensor.shape[1] - 1) * channel + (pixels_of(tensor) - 1) * pixel >= _REACH:
         return None
     return sample, channel, pixel
 

@@ -55,7 +55,7 @@ def tile_moments(
     for start in range(0, in_channels, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < in_channels
-        x_at = n * (x_sample * X_UNIT) + offsets(rows, k, x_step, X_UNIT, X_LAST)
+        x_at = n * x_sample * X_UNIT + offsets(rows, k, x_step, X_UNIT, X_LAST)
         x_tile = tl.load(x + x_at, mask=in_rows[:, None] & in_k[None, :], other=0.0)
         l_mask = in_k[:, None] & in_latents[None, :]
         l_tile = tl.load(left + k[:, None] * L + latents[None, :], mask=l_mask, other=0.0)

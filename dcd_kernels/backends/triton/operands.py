@@ -15,6 +15,7 @@ from torch import Tensor
 from ...checks import ACTIVATIONS
 from ...ops.fakes import empty_map
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAY_BE_SINGLE = ("phi", "lam", "bias", "grad")
 _LIMIT = 2**31
 _ROW_LIMIT = 2**31 - 256  # the last tile may reach behind the last pixel
@@ -63,6 +64,7 @@ def check_apply(
         wanted = (static.shape[0], "Ci", *static.shape[2:])
         fits = input.dim() == static.dim() and (input.shape[0], *input.shape[2:]) == (wanted[0], *wanted[2:])
         _require(fits, "input", input, wanted)
+        _check_extent(input, static.shape[1])
         _check_latent(input, static.shape[1], p, phi, q, True)
     _check_rest(static, static.shape[1], lam, bias, residual)
     read = input if p is not None else None
@@ -73,6 +75,7 @@ def check_projection(input: Tensor, q: Tensor) -> None:
     """Raises RuntimeError naming the argument, what it got and what it needs."""
     _require(input.dim() >= 3, "input", input, "at least 3 dimensions")
     _require(q.dim() == 2 and q.shape[0] == input.shape[1], "q", q, f"({input.shape[1]}, L)")
+    _check_extent(input, input.shape[1])
     _check_tensors(input, q=q)
 
 
@@ -120,16 +123,23 @@ def _check_rest(image: Tensor, out_channels: int, lam, bias, residual) -> None:
     if residual is not None:
         wanted = (batch, out_channels, *image.shape[2:])
         _require(tuple(residual.shape) == wanted, "residual", residual, wanted)
-    if max(image.shape[1], out_channels) * image.shape[2:].numel() >= _LIMIT:
+    _check_extent(image, out_channels)
+
+
+def _check_extent(image: Tensor, out_channels: int) -> None:
+    pixels = image.shape[2:].numel()
+    if max(image.shape[1], out_channels) * pixels >= _LIMIT:
         raise RuntimeError(
             f"one sample must have fewer than 2**31 elements, got {tuple(image.shape)} and "
             f"{out_channels} output channels"
         )
-    if batch * image.shape[2:].numel() >= _ROW_LIMIT:
+    if image.shape[0] * pixels >= _ROW_LIMIT:
         raise RuntimeError(f"a batch must have fewer than 2**31 - 256 pixels, got {tuple(image.shape)}")
 
 
 def _check_tensors(image: Tensor, **others: Tensor | None) -> None:
+    if image.dtype not in _DTYPES:
+        raise RuntimeError(f"the image must be float32, bfloat16 or float16, got {image.dtype}")
     for name, tensor in others.items():
         if tensor is None:
             continue
@@ -143,6 +153,15 @@ def _check_tensors(image: Tensor, **others: Tensor | None) -> None:
 def _require(holds: bool, name: str, tensor: Tensor, wanted) -> None:
     if not holds:
         raise RuntimeError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
+
+
+def check_needs(needs: int, **factors: Tensor | None) -> None:
+    """Raises RuntimeError if bit i of ``needs`` asks for the gradient of a factor that is absent."""
+    for place, (name, factor) in enumerate(factors.items()):
+        if needs >> place & 1 and factor is None:
+            raise RuntimeError(
+                f"needs must not ask for the gradient of {name}, which is not given, got {needs}"
+            )
 
 
 def blocks_of(phi: Tensor | None) -> int:

@@ -151,7 +151,7 @@ def product(
     latents = tl.arange(0, L_IN_PADDED)
 
     if STATIC == 1 or projects:
-        x_base = x + base * (x_sample * X_UNIT)
+        x_base = x + base * x_sample * X_UNIT
         for start in range(0, in_channels, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             in_k = (k < in_channels) | EVEN_IN
@@ -169,12 +169,12 @@ def product(
                 scaled = x_tile
                 if LAM == 2:
                     if FLAT:
-                        lam_at = sample[:, None] * in_channels + k[None, :]
+                        lam_at = base * in_channels + k[None, :]
                         scale = tl.load(lam + lam_at, mask=in_k[None, :], other=0.0).to(tl.float32)
                         scaled = (x_tile.to(tl.float32) * scale).to(x_tile.dtype)
                     else:
                         # x stays as it was copied to shared memory, where both products read it
-                        scale = tl.load(lam + first * in_channels + k, mask=in_k, other=0.0).to(tl.float32)
+                        scale = tl.load(lam + base * in_channels + k, mask=in_k, other=0.0).to(tl.float32)
                         w_tile = (w_tile.to(tl.float32) * scale[:, None]).to(w_tile.dtype)
                 acc = tl.dot(scaled, w_tile, acc, input_precision=PRECISION)
             if projects:
@@ -184,11 +184,11 @@ def product(
 
     mixes: tl.constexpr = low_rank or mixed is not None
     if mixes and not projects:
-        z_at = base * (x_sample * X_UNIT) + offsets(rows, latents, x_step, X_UNIT, X_LAST)
+        z_at = base * x_sample * X_UNIT + offsets(rows, latents, x_step, X_UNIT, X_LAST)
         z = tl.load(x + z_at, mask=in_rows[:, None] & (latents < L_IN)[None, :], other=0.0).to(tl.float32)
 
     if STATIC == 2:
-        static_at = base * (static_sample * STATIC_UNIT) + offsets(
+        static_at = base * static_sample * STATIC_UNIT + offsets(
             rows, cols, static_step, STATIC_UNIT, STATIC_LAST
         )
         acc = tl.load(static + static_at, mask=in_rows[:, None] & in_cols[None, :], other=0.0).to(tl.float32)
@@ -212,6 +212,7 @@ def product(
         in_phi = (latents < L_IN)[:, None] & (outs < L_OUT)[None, :]
         mix = tl.zeros((BLOCK_M, L_OUT_PADDED), tl.float32)
     phi_size = tl.full((), L_IN * L_OUT, tl.int64)
+    zero = tl.full((), 0, tl.int64)  # n counts in 32 bits, N·OUT may not fit them
     if mixes or LAM == 1 or BIAS_OF_SAMPLE:
         for n in range(first, last + 1):
             if FLAT:
@@ -226,9 +227,9 @@ def product(
             if LAM == 1 or BIAS_OF_SAMPLE:
                 changed = acc
                 if LAM == 1:
-                    changed = changed * load_columns(lam + n * out_channels, cols, in_cols)
+                    changed = changed * load_columns(lam + (n + zero) * out_channels, cols, in_cols)
                 if BIAS_OF_SAMPLE:
-                    changed = changed + load_columns(bias + n * out_channels, cols, in_cols)
+                    changed = changed + load_columns(bias + (n + zero) * out_channels, cols, in_cols)
                 if FLAT:
                     acc = tl.where(own, changed, acc)
                 else:
@@ -251,13 +252,13 @@ def product(
         acc += load_columns(bias, cols, in_cols)
     inside = in_rows[:, None] & in_cols[None, :]
     if residual is not None:
-        residual_at = base * (residual_sample * RESIDUAL_UNIT) + offsets(
+        residual_at = base * residual_sample * RESIDUAL_UNIT + offsets(
             rows, cols, residual_step, RESIDUAL_UNIT, RESIDUAL_LAST
         )
         acc += tl.load(residual + residual_at, mask=inside, other=0.0).to(tl.float32)
     acc = activate(acc, ACTIVATION)
     if out is not None:
-        out_at = base * (out_sample * OUT_UNIT) + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
+        out_at = base * out_sample * OUT_UNIT + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
         tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
     if sums is not None:
         total = tl.sum(tl.where(inside, acc, 0.0), 0)
@@ -357,10 +358,6 @@ def run(
         }
         launch(product, (rows * -(-out_channels // block_n),), arguments, num_warps, num_stages)
 
-    key = (
-        *(str(input.dtype)[6:], in_channels, out_channels, l_in, l_out, static, scales, int(transpose)),
-        *(int(x.last), bucket(batch * pixels), pixel_unit, int(pooled), int(y is None)),
-    )
     alone = pooled or (scales == LAM_ON_INPUT and pixels >= _SMALLEST)
     widest = pixels if alone else min(batch, _SAMPLES) * pixels
     if pixel_unit * input.element_size() < 8 and not (x.last and (y is None or y.last)):
@@ -368,5 +365,10 @@ def run(
     else:
         configs = CONFIGS if half and max(l_in, l_out) <= 16 else _ROOMY_CONFIGS
     candidates = fitting(configs, widest, out_channels, in_channels, out_channels, batch * pixels)
+    key = (
+        *(str(input.dtype)[6:], in_channels, out_channels, l_in, l_out, static, scales, int(transpose)),
+        *(int(x.last), bucket(batch * pixels), pixel_unit, int(pooled), int(y is None)),
+        *(int(y is not None and y.last), bucket(widest), int(configs is CONFIGS)),
+    )
     start(choose("product", key, candidates, start))
     return sums[0]

@@ -55,15 +55,15 @@ def scale_gradients(
     for start in range(0, pixels, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = (rows < pixels)[:, None] & in_cols[None, :]
-        g_at = n * (grad_sample * GRAD_UNIT) + offsets(rows, cols, grad_step, GRAD_UNIT, GRAD_LAST)
+        g_at = n * grad_sample * GRAD_UNIT + offsets(rows, cols, grad_step, GRAD_UNIT, GRAD_LAST)
         g = tl.load(grad + g_at, mask=inside, other=0.0).to(tl.float32)
         if d_lam is not None:
-            y_at = n * (static_sample * STATIC_UNIT) + offsets(
+            y_at = n * static_sample * STATIC_UNIT + offsets(
                 rows, cols, static_step, STATIC_UNIT, STATIC_LAST
             )
             total += tl.sum(g * tl.load(static + y_at, mask=inside, other=0.0).to(tl.float32), 0)
         if d_static is not None:
-            out_at = n * (out_sample * OUT_UNIT) + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
+            out_at = n * out_sample * OUT_UNIT + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
             tl.store(d_static + out_at, (g * scale).to(d_static.dtype.element_ty), mask=inside)
     if d_lam is not None:
         tl.store(d_lam + n * channels + cols, total, mask=in_cols)

@@ -124,17 +124,17 @@ def synthesised(
     for step in range(CHUNK):
         rows = (chunk * CHUNK + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < pixels
-        x_at = n * (x_sample * X_UNIT) + offsets(rows, k, x_step, X_UNIT, X_LAST)
+        x_at = n * x_sample * X_UNIT + offsets(rows, k, x_step, X_UNIT, X_LAST)
         x_tile = tl.load(x + x_at, mask=in_rows[:, None] & in_k[None, :], other=0.0)
         acc = tl.dot(x_tile, w_n, input_precision=PRECISION) + shift
         inside = in_rows[:, None] & in_cols[None, :]
         if residual is not None:
-            residual_at = n * (residual_sample * RESIDUAL_UNIT) + offsets(
+            residual_at = n * residual_sample * RESIDUAL_UNIT + offsets(
                 rows, cols, residual_step, RESIDUAL_UNIT, RESIDUAL_LAST
             )
             acc += tl.load(residual + residual_at, mask=inside, other=0.0).to(tl.float32)
         acc = activate(acc, ACTIVATION)
-        out_at = n * (out_sample * OUT_UNIT) + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
+        out_at = n * out_sample * OUT_UNIT + offsets(rows, cols, out_step, OUT_UNIT, OUT_LAST)
         tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
         if sums is not None:
             total += tl.sum(tl.where(inside, acc, 0.0), 0)
