@@ -228,3 +228,27 @@ def test_gradients_without_a_sample_or_a_pixel(op, size):
     for tensor, gradient in zip(tensors, torch.autograd.grad(output.sum(), tensors), strict=True):
         assert gradient.shape == tensor.shape
         assert not gradient.any()
+
+
+def test_a_dtype_without_kernels():
+    case = Case("pointwise", 1, 3, 5, 1, (4,))
+    tensors = [None if t is None else t.double() for t in operands(case)]
+    with pytest.raises(RuntimeError, match=r"must be float32, bfloat16 or float16, got torch\.float64"):
+        call(case, tensors)
+
+
+@pytest.mark.parametrize("place,name", [(2, "p"), (3, "phi"), (4, "q"), (5, "lam")])
+def test_the_gradient_of_an_absent_factor(place, name):
+    case = Case("pointwise", 1, 3, 5, 1, (4,), lam=False, dynamic=False)
+    factors = operands(case)[:6]
+    with pytest.raises(RuntimeError, match=rf"gradient of {name}, which is not given"):
+        torch.ops.dcd_kernels.pointwise_backward(torch.ones(1, 5, 4), *factors, 1 << place)
+
+
+def test_pixels_too_far_apart_for_32_bits_are_copied():
+    from dcd_kernels.backends.triton import launch
+
+    far = torch.empty_strided((2, 8, 9), (1, 1, 2**28), device="meta")
+    assert launch._evenly(far) is None
+    near = torch.empty_strided((2, 8, 9), (2**40, 1, 2**27), device="meta")
+    assert launch._evenly(near) == (2**40, 1, 2**27)
