@@ -213,7 +213,7 @@ class OnCuda:
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(extension, "CUDA_LOADED", True)
-    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -244,7 +244,7 @@ def test_reasons_of_the_machine(monkeypatch):
     for name, able in (("reference", False), ("triton", False), ("cuda", True)):
         with use_backend(name):
             assert kernels.can_run(image, weight)[0] == able
-    monkeypatch.setattr(cuda, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(cuda, "capability", lambda index: (7, 5))
     assert kernels.can_run(image, weight) == (False, "compute capability 7.5, these kernels need 8.0")
     assert "run on CUDA devices" in kernels.can_run(torch.zeros(2, 6, 4), torch.zeros(5, 6))[1]
     monkeypatch.setattr(extension, "CUDA_LOADED", False)

@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,22 @@ import triton
 from patching import replaced
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+
+def _parse_one_at_a_time() -> None:
+    """Kernels compile in threads; CPython 3.11 counts the depth of syntax trees for all threads together."""
+    owner = next(cls for cls in JITFunction.__mro__ if "parse" in vars(cls))
+    parse, lock = owner.parse, threading.RLock()
+
+    def alone(self):
+        with lock:
+            return parse(self)
+
+    owner.parse = alone
+
+
+_parse_one_at_a_time()
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what later versions do anyway, and 3.9 asks about
 
@@ -218,6 +234,13 @@ class Result:
             if a.kind == kind and a.width < self.target.wide and a.count > MANY and a.place in tiles
         ]
 
+    @property
+    def _needs_reordering(self) -> bool:
+        """wgmma takes TF32 only with the reduced axis contiguous: sums over pixels reorder what they load."""
+        return self.launch.kernel.fn.__name__ == "pixel_sums" and any(
+            dot.dtype == "tf32" and dot.wgmma for dot in self.dots
+        )
+
     def problems(self, *, wide: bool = False) -> list[str]:
         """What is wrong, in words; `wide`: the shapes allow 16 bytes at a time for every image."""
         found = []
@@ -233,7 +256,7 @@ class Result:
                 found.append(f"no wgmma for {dot}")
         if any(dot.dtype in MATRIX_DTYPES for dot in self.dots) and not self.matrix:
             found.append("dots, and no matrix instruction in the code")
-        if wide:
+        if wide and not self._needs_reordering:
             # gfx942 stores from the layout of its matrix instructions, which is narrow for contiguous images
             for kind in ("load", "store") if self.target.gpu.backend == "cuda" else ("load",):
                 scattered = [

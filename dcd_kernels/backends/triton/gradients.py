@@ -32,8 +32,9 @@ CONFIGS = (
     Config(16, 16, 64, 4, 3),
 )
 # 64 rows and columns at least, however few the channels: products of other sizes run on other matrix
-# instructions, and a loop with both kinds waits for each. Eight warps, for the four accumulators.
-FUSED_CONFIGS = (Config(64, 64, 64, 8, 3), Config(64, 128, 64, 8, 3), Config(128, 64, 64, 8, 3))
+# instructions, and a loop with both kinds waits for each. Eight warps, for the four accumulators, which leave
+# no room for a larger tile on sm_80.
+FUSED_CONFIGS = (Config(64, 64, 64, 8, 3),)
 _SINGLE_CONFIGS = (FUSED_CONFIGS[0], *(c for c in CONFIGS if c.block_m * c.block_n <= 2048))  # for float32
 WIDEST_FUSED = 16  # latent channels up to which dP and dQ ride along with dW0 for less than reading again
 _RUNS, _BLOCK = 16, 128  # of add_runs
