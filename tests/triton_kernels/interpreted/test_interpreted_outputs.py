@@ -188,4 +188,4 @@ def test_every_tile(case, layout, launches):
             op_checks.values(replace(case, activation=None), torch.float32, layout, None)
             test_grad.check_values(case, torch.float32, layout, None)
         index += 1
-    assert most > 1
+    assert most > 1 or case.size == (1, 1)  # one tile serves three pixels
