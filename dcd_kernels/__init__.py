@@ -11,6 +11,7 @@ from . import extension, models, nn, reference
 from .backends.selection import use_backend
 from .explain import explain
 from .functional import dcd_apply, dcd_conv1d, dcd_conv2d, dcd_conv3d, dcd_linear, latent_moments
+from .interop import accelerate, report, restore
 from .nn import convert
 
 try:
@@ -19,6 +20,7 @@ except metadata.PackageNotFoundError:  # a checkout on the path that was never i
     __version__ = "0+uninstalled"
 
 __all__ = [
+    "accelerate",
     "convert",
     "dcd_apply",
     "dcd_conv1d",
@@ -31,5 +33,7 @@ __all__ = [
     "models",
     "nn",
     "reference",
+    "report",
+    "restore",
     "use_backend",
 ]

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""accelerate, restore and report: fused kernels for networks that were written without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from . import layers, match, patch, probe
+from .trace import Trace, Untraceable, trace
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of a model, and what became of it.
+
+    ``name`` is its name in the model, ``kind`` its class, ``taken`` whether it is patched, ``reason`` what
+    runs in its place, or why it was left alone.
+    """
+
+    name: str
+    kind: str
+    taken: bool
+    reason: str
+
+
+class Report:
+    """The modules of a model that are, or look like, dynamic convolution decomposition; a sequence."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self._entries = entries
+
+    @property
+    def taken(self) -> list[Entry]:
+        """Those that are patched."""
+        return [entry for entry in self._entries if entry.taken]
+
+    @property
+    def left(self) -> list[Entry]:
+        """Those that run as they were written."""
+        return [entry for entry in self._entries if not entry.taken]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    def __getitem__(self, index: int) -> Entry:
+        return self._entries[index]
+
+    def __str__(self) -> str:
+        if not self._entries:
+            return "no module looks like dynamic convolution decomposition: nothing to accelerate"
+        lines = [f"{len(self.taken)} of {len(self)} modules accelerated"]
+        width = max(len(entry.name) for entry in self)
+        kinds = max(len(entry.kind) for entry in self)
+        for entry in self:
+            mark = "+" if entry.taken else "-"
+            lines.append(f"{mark} {entry.name:<{width}}  {entry.kind:<{kinds}}  {entry.reason}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Report({len(self.taken)} taken, {len(self.left)} left)"
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    r"""Patches the DCD modules of ``model`` in place, so that they run fused, in training and inference.
+
+    A module is recognised by what its forward computes, ``P [norm₂(Φ norm₁(Qᵀx)) + norm₁(Qᵀx)] + λ⊙W0*x``
+    with any of λ, the norms, the latent residual and the static part absent, whatever its class and its parts
+    are called. The rest of its forward (pooling, the layers that make λ and Φ, dropout) stays as it is
+    written. A copy of the module with random numbers in it, in float64, has to give the same outputs and
+    running statistics before and after, in training and in eval mode, before the module itself is patched.
+
+    What changes is one attribute of each instance, ``forward``: class, parameters, buffers, keys of the
+    state_dict, hooks and training mode are as they were, and weights may be edited, loaded, moved or replaced
+    at any time. The module runs its own forward whenever the patch cannot honour something: hooks on the
+    layers of the latent, SyncBatchNorm, an attribute that changed, other arguments. Copies (deepcopy) are
+    patched like their original; a pickle holds the unpatched module and needs no dcd_kernels to load.
+
+    Args:
+        model: any module, a DCD module itself or a network of them. Patched already: looked at again.
+
+    Returns:
+        ``model``, the same object. :func:`report` tells what was and what was not taken, and why;
+        :func:`restore` undoes it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Source: the latent norms are those of the released networks; for their algebra see
+    :mod:`dcd_kernels.interop.norms`.
+    """
+    _require_module("accelerate", model)
+    for _, module, recipe, _ in _examined(model):
+        patch.remove(module)
+        if recipe is not None:
+            patch.install(module, recipe)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Takes the patches of :func:`accelerate` off ``model``, in place, and returns it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _require_module("restore", model)
+    for module in model.modules():
+        patch.remove(module)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What :func:`accelerate` did with ``model``, or would do: a :class:`Report`, printed as a table.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _require_module("report", model)
+    entries = []
+    for name, module, recipe, reason in _examined(model):
+        installed = patch.recipe_of(module)
+        if installed is not None:
+            objection = installed.objection(module)
+            reason = installed.summary if objection is None else f"runs as written at present: {objection}"
+        elif recipe is not None:
+            reason = f"not accelerated yet: {recipe.summary}"
+        entries.append(Entry(name, type(module).__name__, installed is not None, reason))
+    return Report(entries)
+
+
+def _require_module(caller: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _examined(model: nn.Module) -> Iterator[tuple[str, nn.Module, patch.Recipe | None, str]]:
+    """(name, module, recipe or None, reason) of every module that could be one."""
+    for name, module in list(model.named_modules()):
+        if type(module).__module__.startswith(("torch.", "dcd_kernels.nn")) or not _has_parts(module):
+            continue
+        try:
+            recipe = examine(module)
+        except match.NoMatch as error:
+            if _has_latent(module):
+                yield name, module, None, str(error)
+        except (Untraceable, probe.Differs) as error:
+            if _has_latent(module):
+                yield name, module, None, str(error)
+        else:
+            yield name, module, recipe, recipe.summary
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """The static layers that ``module`` calls itself."""
+    found = []
+    for child in module.children():
+        if isinstance(child, nn.Sequential):
+            found += _parts(child)
+        elif layers.is_static(child):
+            found.append(child)
+    return found
+
+
+def _channels(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.in_channels, module.out_channels
+
+
+def _has_parts(module: nn.Module) -> bool:
+    """Whether there is a Q and a P: what Q makes, P takes."""
+    parts = [_channels(part) for part in _parts(module) if layers.is_projection(part)]
+    return any(
+        first[1] == second[0] for i, first in enumerate(parts) for j, second in enumerate(parts) if i != j
+    )
+
+
+def _has_latent(module: nn.Module) -> bool:
+    """Whether there is a layer besides Q and P that could make Φ: one of L² numbers."""
+    parts = [_channels(part) for part in _parts(module)]
+    latents = {outputs for _, outputs in parts} & {inputs for inputs, _ in parts}
+    return any(outputs == size**2 for _, outputs in parts for size in latents if size > 1)
+
+
+def examine(module: nn.Module) -> patch.Recipe:
+    """The recipe for ``module``, proven on a copy.
+
+    Raises:
+        Untraceable, match.NoMatch, probe.Differs: with the reason to leave it alone.
+    """
+    if "forward" in vars(module) and patch.recipe_of(module) is None and not _is_plain_method(module):
+        raise Untraceable("the instance has a forward of its own already")
+    traces = {mode: trace(module, mode) for mode in (True, False)}
+    twin = probe.random_twin(module)
+    matches, inputs = probe.shapes_and_matches(twin, traces)
+    recipe = _recipe(module, traces, matches)
+    probe.compare(twin, recipe, inputs)
+    return recipe
+
+
+def _is_plain_method(module: nn.Module) -> bool:
+    """A pickle of a patched module leaves the class's own method in the instance."""
+    return getattr(vars(module)["forward"], "__func__", None) is type(module).forward
+
+
+def _recipe(
+    module: nn.Module, traces: dict[bool, Trace], matches: dict[bool, list[match.Match]]
+) -> patch.Recipe:
+    replaced = {}
+    for found in (*matches[True], *matches[False]):
+        replaced[found.q], replaced[found.p] = layers.is_projection, layers.is_expansion
+        for norm in (found.norm1, found.norm2):
+            if norm is not None:
+                replaced[norm] = layers.is_norm
+    first = traces[False]
+    count = sum(node.op == "placeholder" for node in first.graph.nodes)
+    return patch.Recipe(
+        type(module).forward,
+        {mode: patch.program(traces[mode], matches[mode]) for mode in traces},
+        count,
+        first.defaults,
+        first.attributes,
+        tuple(replaced.items()),
+        first.opened,
+        "; ".join(_summary(found) for found in matches[False]),
+    )
+
+
+def _summary(found: match.Match) -> str:
+    residual = "norm₁(Qᵀx)" if found.norm1 else "Qᵀx"
+    residual = f"norm₂(Φ {residual})" if found.norm2 else f"Φ {residual}"
+    residual = f"P [{residual} + latent]" if found.latent_residual else f"P {residual}"
+    if found.static is None:
+        return f"{residual} fused"
+    static = "static" if found.conv is None else f"{found.conv}(x)"
+    return f"{'λ⊙' if found.lam is not None else ''}{static} + {residual} fused"

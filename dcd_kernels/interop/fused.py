@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a patched forward calls in place of the dynamic residual that it used to compute."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from . import layers, norms
+
+_CONVOLUTIONS = {3: functional.dcd_conv1d, 4: functional.dcd_conv2d, 5: functional.dcd_conv3d}
+
+
+def residual(
+    input: Tensor,
+    phi: Tensor,
+    q: nn.Module,
+    p: nn.Module,
+    norm1: nn.Module | None,
+    norm2: nn.Module | None,
+    latent_residual: bool,
+    transposed: bool,
+    lam: Tensor | None,
+    static: Tensor | None,
+    conv: nn.Module | None,
+) -> Tensor:
+    r"""``P [norm₂(Φ norm₁(Qᵀx)) (+ norm₁(Qᵀx))] + λ⊙static`` by the fused kernels.
+
+    input (N, Ci, \*size), phi (N, L, L), lam any shape of N·Co numbers; ``q`` and ``p`` 1×1 convolutions or
+    linear layers. The static output is ``static``, or ``conv(input)``, or nothing.
+    """
+    batch, flat = input.shape[0], input.dim() == 2
+    stride = (1,) if flat else q.stride
+    pixels = input.unsqueeze(2) if flat else input
+    phi = phi.to(torch.promote_types(phi.dtype, torch.float32))
+    moments = None
+    if norms.takes_moments(norm1) or norms.takes_moments(norm2):
+        moments = functional.latent_moments(pixels, q.weight.flatten(1).t(), stride=stride)
+    size = tuple((length - 1) // step + 1 for length, step in zip(pixels.shape[2:], stride, strict=True))
+    shape = (batch, q.weight.shape[0], *(() if flat else size))
+    with _without_autocast(input.device.type):
+        if transposed:
+            phi = phi.mT
+        phi, shift = norms.map_latent(phi, norm1, norm2, latent_residual, moments, q.bias, shape)
+        bias = _expanded(shift, p)
+    if lam is not None:
+        lam = lam.reshape(batch, -1)
+    factors = p.weight.flatten(1), phi, q.weight.flatten(1).t()
+    if conv is not None:
+        if _is_fusable(conv, input, stride):
+            output = _convolve(input, conv, factors, lam, bias)
+            return _as_summed(output, lam)
+        static = conv(input)
+    if static is not None and flat:
+        static = static.unsqueeze(2)
+    if static is None or (static.dtype != pixels.dtype and not _casts(static)):
+        # what the residual is added to in another dtype is added as torch would
+        zero = pixels.new_zeros(()).expand(batch, p.weight.shape[0], *size)
+        output = functional.dcd_apply(zero, pixels, *factors, bias=bias, stride=stride)
+        if static is not None:
+            output = output + (static if lam is None else lam.reshape(*lam.shape, *[1] * len(size)) * static)
+    else:
+        if tuple(static.shape[2:]) != size:
+            raise RuntimeError(
+                f"the static output has spatial size {tuple(static.shape[2:])}, the dynamic residual {size}"
+            )
+        output = functional.dcd_apply(static, pixels, *factors, lam=lam, bias=bias, stride=stride)
+        output = _as_summed(output, lam)
+    return output.squeeze(2) if flat else output
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else contextlib.nullcontext()
+    )
+
+
+def _casts(static: Tensor) -> bool:
+    """Whether autocast brings ``static`` to the dtype of the other operands."""
+    return torch.is_autocast_enabled(static.device.type) and static.dtype != torch.float64
+
+
+def _expanded(shift: Tensor | None, p: nn.Module) -> Tensor | None:
+    """The bias that a shift of the latent is behind P, and P's own."""
+    if shift is None:
+        return p.bias
+    weight = p.weight.flatten(1).to(shift.dtype)
+    return F.linear(shift, weight, None if p.bias is None else p.bias.to(shift.dtype))
+
+
+def _is_fusable(conv: nn.Module, input: Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether ``conv(input)`` is a product at every pixel that the residual reads, and nothing besides."""
+    return (
+        layers.is_projection(conv)
+        and layers.rank(conv) == input.dim()
+        and not layers.has_hooks(conv)
+        and (input.dim() == 2 or tuple(conv.stride) == tuple(stride))
+    )
+
+
+def _convolve(input, conv: nn.Module, factors, lam: Tensor | None, bias: Tensor | None) -> Tensor:
+    if conv.bias is not None:  # λ scales the static layer's bias with its output
+        of_static = conv.bias if lam is None else lam * conv.bias
+        bias = of_static if bias is None else bias + of_static
+    if input.dim() == 2:
+        return functional.dcd_linear(input, conv.weight, *factors, lam=lam, bias=bias)
+    convolution = _CONVOLUTIONS[input.dim()]
+    return convolution(input, conv.weight, *factors, lam=lam, bias=bias, stride=conv.stride)
+
+
+def _as_summed(output: Tensor, lam: Tensor | None) -> Tensor:
+    """In the dtype that torch gives the sum, which a wider λ widens."""
+    if lam is None or lam.dtype == output.dtype:
+        return output
+    return output.to(torch.promote_types(output.dtype, lam.dtype))
