@@ -20,6 +20,7 @@ from . import layers
 
 Shapes = dict[fx.Node, torch.Size]
 
+_LIKE = {"expand_as", "view_as", "reshape_as"}  # they read the shape of their argument
 _VIEWS = {
     "view",
     "reshape",
