@@ -106,9 +106,17 @@ def _is(node: object, kinds: tuple[set[Callable], set[str]]) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return (node.op == "call_method" and node.target in _VIEWS) or (
-        node.op == "call_function" and node.target in _VIEW_FUNCTIONS
-    )
+    if node.op == "call_method":
+        return node.target in _VIEWS
+    if node.op != "call_function":
+        return False
+    return node.target in _VIEW_FUNCTIONS or (node.target is operator.getitem and _keeps_all(node.args[1]))
+
+
+def _keeps_all(index: object) -> bool:
+    """Whether ``tensor[index]`` is all of it, with more dimensions at most."""
+    entries = index if isinstance(index, tuple) else (index,)
+    return all(entry in (None, Ellipsis, slice(None)) for entry in entries)
 
 
 def _is_size(node: fx.Node, of: fx.Node) -> bool:
