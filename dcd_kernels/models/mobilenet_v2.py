@@ -28,13 +28,14 @@ SETTINGS = (
 MakeConv = Callable[..., nn.Module]
 
 
-def _rounded(channels: float) -> int:
-    """The multiple of 8 nearest to ``channels``, never more than 10 % below it."""
-    multiple = max(8, int(channels + 4) // 8 * 8)
-    return multiple + 8 if multiple < 0.9 * channels else multiple
+def rounded(channels: float, multiple: int = 8) -> int:
+    """The multiple of ``multiple`` nearest to ``channels``, never more than 10 % below it."""
+    nearest = max(multiple, int(channels + multiple / 2) // multiple * multiple)
+    return nearest + multiple if nearest < 0.9 * channels else nearest
 
 
-def _normalised(convolution: nn.Module, channels: int, factory: dict) -> nn.Sequential:
+def normalised(convolution: nn.Module, channels: int, factory: dict) -> nn.Sequential:
+    """``convolution``, its norm and ReLU6."""
     return nn.Sequential(convolution, nn.BatchNorm2d(channels, **factory), nn.ReLU6(inplace=True))
 
 
@@ -58,10 +59,10 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = in_channels * expansion
         self.skip = stride == 1 and in_channels == out_channels
-        expand = [] if expansion == 1 else [_normalised(pointwise(in_channels, hidden), hidden, factory)]
+        expand = [] if expansion == 1 else [normalised(pointwise(in_channels, hidden), hidden, factory)]
         self.conv = nn.Sequential(
             *expand,
-            _normalised(depthwise(hidden, stride), hidden, factory),
+            normalised(depthwise(hidden, stride), hidden, factory),
             pointwise(hidden, out_channels),
             nn.BatchNorm2d(out_channels, **factory),
         )
@@ -136,11 +137,11 @@ class MobileNetV2(nn.Module):
         static_pointwise = partial(make_pointwise, formulation="static")
         static_depthwise = partial(make_depthwise, formulation="static")
 
-        width = _rounded(stem_channels * width_mult)
+        width = rounded(stem_channels * width_mult)
         stem = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False, **factory)
-        features: list[nn.Module] = [_normalised(stem, width, factory)]
+        features: list[nn.Module] = [normalised(stem, width, factory)]
         for expansion, channels, repeats, first_stride in settings:
-            channels = _rounded(channels * width_mult)
+            channels = rounded(channels * width_mult)
             for repeat in range(repeats):
                 first_block = len(features) == 1
                 features.append(
@@ -155,8 +156,8 @@ class MobileNetV2(nn.Module):
                     )
                 )
                 width = channels
-        last = _rounded(last_channels * max(1.0, width_mult))
-        features.append(_normalised(static_pointwise(width, last), last, factory))
+        last = rounded(last_channels * max(1.0, width_mult))
+        features.append(normalised(static_pointwise(width, last), last, factory))
         self.features = nn.Sequential(*features)
 
         linear = layers.linear(

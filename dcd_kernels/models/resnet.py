@@ -18,8 +18,30 @@ STAGE_CHANNELS = (64, 128, 256, 512)
 BOTTLENECK_STRIDES = ("3x3", "1x1")
 
 
-class _Convolutions:
-    """Makes the convolutions of the blocks: the formulation, and the sizes that depend on the layer."""
+class Convolutions:
+    """Makes what blocks consist of, here in a static network; subclasses say what ``dynamic`` is."""
+
+    def __init__(self, factory: dict) -> None:
+        self.factory = factory
+
+    def dynamic(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
+        return self.static(in_channels, out_channels, kernel_size, stride)
+
+    def static(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
+        sizes = (in_channels, out_channels, kernel_size, stride, kernel_size // 2)
+        return nn.Conv2d(*sizes, bias=False, **self.factory)
+
+    def norm(self, channels: int) -> nn.Module:
+        return nn.BatchNorm2d(channels, **self.factory)
+
+    def shortcut(self, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+        if stride == 1 and in_channels == out_channels:
+            return None
+        return nn.Sequential(self.static(in_channels, out_channels, 1, stride), self.norm(out_channels))
+
+
+class _DCDConvolutions(Convolutions):
+    """With DCD layers: the formulation, and the sizes that depend on the layer."""
 
     def __init__(
         self,
@@ -31,6 +53,7 @@ class _Convolutions:
         joint: bool,
         pool_size: int | Sequence[int],
     ) -> None:
+        super().__init__(layers.factory)
         self.layers = layers
         self.formulation = formulation
         self.latent = latent
@@ -59,17 +82,6 @@ class _Convolutions:
             pool_size=self.pool_size,
         )
 
-    def static(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
-        return self.layers.conv("static", in_channels, out_channels, kernel_size, stride)
-
-    def norm(self, channels: int) -> nn.Module:
-        return nn.BatchNorm2d(channels, **self.layers.factory)
-
-    def shortcut(self, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
-        if stride == 1 and in_channels == out_channels:
-            return None
-        return nn.Sequential(self.static(in_channels, out_channels, 1, stride), self.norm(out_channels))
-
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut. The modules are named as in torchvision's network."""
@@ -78,7 +90,9 @@ class BasicBlock(nn.Module):
     # the released form, which the published counts follow: Φ and λ from 2×2 regions
     pool_size = 2
 
-    def __init__(self, in_channels: int, channels: int, stride: int, make: _Convolutions, _: str) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, make: Convolutions, _: str = "3x3"
+    ) -> None:
         super().__init__()
         self.conv1 = make.dynamic(in_channels, channels, 3, stride)
         self.bn1 = make.norm(channels)
@@ -105,7 +119,7 @@ class Bottleneck(nn.Module):
     pool_size = 1
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, make: _Convolutions, stride_at: str
+        self, in_channels: int, channels: int, stride: int, make: Convolutions, stride_at: str = "3x3"
     ) -> None:
         super().__init__()
         outputs = channels * self.expansion
@@ -188,7 +202,7 @@ class ResNet(nn.Module):
 
         factory = {"device": device, "dtype": dtype}
         layers = Layers(reduction, squeeze, gate, lam_activation, branch_dropout, factory)
-        make = _Convolutions(
+        make = _DCDConvolutions(
             layers,
             convolutions,
             latent_channels,
