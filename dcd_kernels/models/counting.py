@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from dcd_kernels import madds
 from dcd_kernels.backends.selection import use_backend
+from dcd_kernels.models.released.layers import Classifier, ReleasedLayer
 from dcd_kernels.nn.branch import DynamicBranch
 from dcd_kernels.nn.conv import DCDConv1d, DCDConv2d, DCDConv3d
 from dcd_kernels.nn.layer import DCDLayer
 from dcd_kernels.nn.linear import DCDLinear
 
 _DYNAMIC_CONVS = (DCDConv1d, DCDConv2d, DCDConv3d)
-_COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, DCDLayer, DynamicBranch)
+_COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, DCDLayer, DynamicBranch, ReleasedLayer)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class LayerCount:
         on_map: the dynamic residual in factors on the map.
         synthesised: the dynamic residual's weights once a sample, without the sum with ΛW0.
         added: what the paper counts for that sum, ``Co·Ci·∏k/groups``, in convolutions.
-        residual: the dynamic residual as the CPU kernels execute it.
+        residual: the dynamic residual as the CPU kernels execute it; in the layers of
+            :mod:`dcd_kernels.models.released`, which are plain PyTorch, that is on the map.
     """
 
     name: str
@@ -129,10 +131,29 @@ def _dynamic(name: str, layer: DCDLayer, input: Sequence[int], pixels: int) -> L
     )
 
 
+def _released(name: str, layer: ReleasedLayer, pixels: int) -> LayerCount:
+    out_channels, latent = layer.p.weight.shape[:2]
+    in_channels = layer.q.weight.shape[1]
+    on_map = madds.on_map(in_channels, out_channels, latent, 1, pixels)
+    fully_connected = (layer.fc[0], layer.fc[1].fc[0], layer.fc_phi, layer.fc_scale)
+    return LayerCount(
+        name=name,
+        parameters=sum(parameter.numel() for parameter in layer.parameters()),
+        static=_static(layer.static.weight, pixels),
+        branch=sum(linear.weight.numel() for linear in fully_connected),
+        on_map=on_map,
+        synthesised=madds.synthesised(in_channels, out_channels, latent),
+        added=0 if isinstance(layer, Classifier) else in_channels * out_channels,
+        residual=on_map,
+    )
+
+
 def _count(name: str, module: nn.Module, input: Sequence[int], output: Sequence[int]) -> LayerCount:
     if isinstance(module, DCDLayer):
         linear = isinstance(module, DCDLinear)
         return _dynamic(name, module, input, math.prod(output[1:-1] if linear else output[2:]))
+    if isinstance(module, ReleasedLayer):
+        return _released(name, module, math.prod(output[2:]))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if isinstance(module, DynamicBranch):
         return LayerCount(name, parameters, static=0, branch=_branch(module))
