@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+import dcd_kernels as dcd
 from dcd_kernels import extension
 from dcd_kernels.backends import selection
 from dcd_kernels.explain import support_table_markdown
@@ -33,8 +34,11 @@ def test_the_numbers_have_their_place():
     between("numbers:", "end of the numbers")
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_the_example_equals_what_it_says_it_equals():
-    example, equivalent, layers = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, equivalent, layers, _ = EXAMPLES
     torch.manual_seed(0)
     names: dict = {}
     exec(example, names)
@@ -51,6 +55,18 @@ def test_the_example_equals_what_it_says_it_equals():
     assert names["layer"](names["x"]).shape == fused.shape
     assert isinstance(names["dynamic"][0], names["dcd"].nn.DCDConv2d)
     torch.testing.assert_close(names["dynamic"](names["x"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_checkpoint_s_example(tmp_path, monkeypatch):
+    (example,) = [text for text in EXAMPLES if "checkpoint" in text]
+    trained = dcd.models.released.mobilenet_v2()
+    monkeypatch.chdir(tmp_path)
+    state = {f"module.{key}": value for key, value in trained.state_dict().items()}
+    torch.save({"epoch": 1, "state_dict": state}, "checkpoint.pth.tar")
+    names = {"dcd": dcd}
+    exec(example, names)
+    loaded = names["model"].state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in trained.state_dict().items())
 
 
 def test_every_environment_variable_is_in_the_table_and_no_other():
