@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import layers, match, patch, probe
-from .trace import Trace, Untraceable, trace
+from . import branch, layers, match, patch, probe
+from .trace import Untraceable, trace
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,12 @@ def examine(module: nn.Module) -> patch.Recipe:
         raise Untraceable("the instance has a forward of its own already")
     traces = {mode: trace(module, mode) for mode in (True, False)}
     twin = probe.random_twin(module)
-    matches, inputs = probe.shapes_and_matches(twin, traces)
-    recipe = _recipe(module, traces, matches)
+    runs, inputs = probe.run(twin, traces)
+    found = {}
+    for mode, run in runs.items():
+        matches = match.find(twin, run.graph, run.shapes)
+        found[mode] = [(residual, branch.find(twin, residual, run)) for residual in matches]
+    recipe = patch.Recipe.of(module, traces, found)
     probe.compare(twin, recipe, inputs)
     return recipe
 
@@ -206,36 +210,3 @@ def examine(module: nn.Module) -> patch.Recipe:
 def _is_plain_method(module: nn.Module) -> bool:
     """A pickle of a patched module leaves the class's own method in the instance."""
     return getattr(vars(module)["forward"], "__func__", None) is type(module).forward
-
-
-def _recipe(
-    module: nn.Module, traces: dict[bool, Trace], matches: dict[bool, list[match.Match]]
-) -> patch.Recipe:
-    replaced = {}
-    for found in (*matches[True], *matches[False]):
-        replaced[found.q], replaced[found.p] = layers.is_projection, layers.is_expansion
-        for norm in (found.norm1, found.norm2):
-            if norm is not None:
-                replaced[norm] = layers.is_norm
-    first = traces[False]
-    count = sum(node.op == "placeholder" for node in first.graph.nodes)
-    return patch.Recipe(
-        type(module).forward,
-        {mode: patch.program(traces[mode], matches[mode]) for mode in traces},
-        count,
-        first.defaults,
-        first.attributes,
-        tuple(replaced.items()),
-        first.opened,
-        "; ".join(_summary(found) for found in matches[False]),
-    )
-
-
-def _summary(found: match.Match) -> str:
-    residual = "norm₁(Qᵀx)" if found.norm1 else "Qᵀx"
-    residual = f"norm₂(Φ {residual})" if found.norm2 else f"Φ {residual}"
-    residual = f"P [{residual} + latent]" if found.latent_residual else f"P {residual}"
-    if found.static is None:
-        return f"{residual} fused"
-    static = "static" if found.conv is None else f"{found.conv}(x)"
-    return f"{'λ⊙' if found.lam is not None else ''}{static} + {residual} fused"

@@ -4,19 +4,56 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..backends import branch as kernels
+from ..nn.branch import GATES, LAM_ACTIVATIONS
+from ..nn.branch import _linear as linear
+from ..nn.branch import _pool as pooled
 from . import layers, norms
 
 _CONVOLUTIONS = {3: functional.dcd_conv1d, 4: functional.dcd_conv2d, 5: functional.dcd_conv3d}
 
 
+def layer(
+    input: Tensor,
+    squeeze: nn.Linear,
+    gate_layer: nn.Linear | None,
+    lam_layer: nn.Linear,
+    phi_layer: nn.Linear,
+    pool: int,
+    gate: str | None,
+    lam_activation: str | None,
+    q: nn.Module,
+    p: nn.Module,
+    norm1: nn.Module | None,
+    norm2: nn.Module | None,
+    latent_residual: bool,
+    static: Tensor | None,
+    conv: nn.Module | None,
+) -> Tensor:
+    r"""`residual` with λ and Φ from the branch ``pool → squeeze → gate → (lam_layer, phi_layer)`` of input.
+
+    The branch is computed in float32 or better, whatever the dtype of its layers.
+    """
+    lam, phi = _coefficients(input, squeeze, gate_layer, lam_layer, phi_layer, pool, gate, lam_activation)
+    # as wide as λ would be if its layers ran in their own dtype
+    lam_dtype = lam_layer.weight.dtype
+    if torch.is_autocast_enabled(input.device.type) and lam_dtype != torch.float64:
+        lam_dtype = torch.get_autocast_dtype(input.device.type)
+    return residual(
+        input, lam, phi, q, p, norm1, norm2, latent_residual, False, static, conv, lam_dtype=lam_dtype
+    )
+
+
 def residual(
     input: Tensor,
+    lam: Tensor | None,
     phi: Tensor,
     q: nn.Module,
     p: nn.Module,
@@ -24,14 +61,15 @@ def residual(
     norm2: nn.Module | None,
     latent_residual: bool,
     transposed: bool,
-    lam: Tensor | None,
     static: Tensor | None,
     conv: nn.Module | None,
+    lam_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""``P [norm₂(Φ norm₁(Qᵀx)) (+ norm₁(Qᵀx))] + λ⊙static`` by the fused kernels.
 
     input (N, Ci, \*size), phi (N, L, L), lam any shape of N·Co numbers; ``q`` and ``p`` 1×1 convolutions or
-    linear layers. The static output is ``static``, or ``conv(input)``, or nothing.
+    linear layers. The static output is ``static``, or ``conv(input)``, or nothing. ``lam_dtype`` is the dtype
+    that torch would have had λ in, which decides about that of the sum, by default its own.
     """
     batch, flat = input.shape[0], input.dim() == 2
     stride = (1,) if flat else q.stride
@@ -48,12 +86,13 @@ def residual(
         phi, shift = norms.map_latent(phi, norm1, norm2, latent_residual, moments, q.bias, shape)
         bias = _expanded(shift, p)
     if lam is not None:
+        lam_dtype = lam_dtype or lam.dtype
         lam = lam.reshape(batch, -1)
     factors = p.weight.flatten(1), phi, q.weight.flatten(1).t()
     if conv is not None:
         if _is_fusable(conv, input, stride):
             output = _convolve(input, conv, factors, lam, bias)
-            return _as_summed(output, lam)
+            return _as_summed(output, lam_dtype)
         static = conv(input)
     if static is not None and flat:
         static = static.unsqueeze(2)
@@ -69,7 +108,7 @@ def residual(
                 f"the static output has spatial size {tuple(static.shape[2:])}, the dynamic residual {size}"
             )
         output = functional.dcd_apply(static, pixels, *factors, lam=lam, bias=bias, stride=stride)
-        output = _as_summed(output, lam)
+        output = _as_summed(output, lam_dtype)
     return output.squeeze(2) if flat else output
 
 
@@ -114,8 +153,70 @@ def _convolve(input, conv: nn.Module, factors, lam: Tensor | None, bias: Tensor 
     return convolution(input, conv.weight, *factors, lam=lam, bias=bias, stride=conv.stride)
 
 
-def _as_summed(output: Tensor, lam: Tensor | None) -> Tensor:
+def _as_summed(output: Tensor, lam_dtype: torch.dtype | None) -> Tensor:
     """In the dtype that torch gives the sum, which a wider λ widens."""
-    if lam is None or lam.dtype == output.dtype:
+    if lam_dtype is None or lam_dtype == output.dtype:
         return output
-    return output.to(torch.promote_types(output.dtype, lam.dtype))
+    return output.to(torch.promote_types(output.dtype, lam_dtype))
+
+
+def _coefficients(
+    input: Tensor,
+    squeeze: nn.Linear,
+    gate_layer: nn.Linear | None,
+    lam_layer: nn.Linear,
+    phi_layer: nn.Linear,
+    pool: int,
+    gate: str | None,
+    lam_activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """λ (N, Co) and Φ (N, L, L) in float32 or better."""
+    others = [linear for linear in (gate_layer, lam_layer, phi_layer) if linear is not None]
+    if kernels.can_run(input, squeeze.weight, *(linear.weight for linear in others))[0]:
+        lam, phi = _branch_op(input, squeeze, gate_layer, lam_layer, phi_layer, pool, gate, lam_activation)
+    else:
+        with _without_autocast(input.device.type):
+            hidden = linear(squeeze, pooled(input, None if pool == 1 else (pool, pool)))
+            if gate_layer is None:
+                hidden = GATES[gate](hidden)
+            else:
+                hidden = hidden * LAM_ACTIVATIONS["hardsigmoid2"][0](linear(gate_layer, hidden))
+            lam = LAM_ACTIVATIONS[lam_activation][0](linear(lam_layer, hidden))
+            phi = linear(phi_layer, hidden)
+    latent = math.isqrt(phi.shape[1])
+    return lam, phi.view(phi.shape[0], latent, latent)
+
+
+def _branch_op(
+    input: Tensor,
+    squeeze: nn.Linear,
+    gate_layer: nn.Linear | None,
+    lam_layer: nn.Linear,
+    phi_layer: nn.Linear,
+    pool: int,
+    gate: str | None,
+    lam_activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    from ..ops import branch as ops  # only there with the compiled extension
+
+    bins = (input.shape[2:].numel(),) if pool == 1 else [(size + 1) // 2 for size in input.shape[2:]]
+    bias = None
+    if lam_layer.bias is not None or phi_layer.bias is not None:
+        bias = torch.cat([_bias(lam_layer), _bias(phi_layer)])
+    return ops.branch(
+        ops.channel_sums(input, pool),
+        1.0 / math.prod(bins),
+        squeeze.weight,
+        squeeze.bias,
+        None if gate_layer is None else gate_layer.weight,
+        None if gate_layer is None else gate_layer.bias,
+        torch.cat((lam_layer.weight, phi_layer.weight)),
+        bias,
+        lam_layer.weight.shape[0],
+        ops.GATES.index(gate),
+        ops.LAM_ACTIVATIONS.index(lam_activation),
+    )
+
+
+def _bias(layer: nn.Linear) -> Tensor:
+    return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias

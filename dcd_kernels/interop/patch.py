@@ -11,28 +11,69 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import fused, layers
+from .branch import Branch
 from .match import Match
 from .trace import Trace
 
 _MARK = "dcd_recipe"  # attribute of the function that makes it ours
+
+Found = list[tuple[Match, Branch | None]]
+Program = Callable[..., object]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a patched forward needs besides its module, which may be a copy of the one that was looked at.
 
-    ``own`` is the class's forward. ``replaced`` are the modules that are not called any more, by name, and
-    what each has to be for that; ``opened`` the containers that are not called.
+    ``own`` is the class's forward. ``programs`` are two a mode: one that also makes λ and Φ in one call, if
+    the branch is a known one, and one that leaves the branch as it is written. ``replaced`` are the modules
+    that neither calls, and what each has to be for that; ``opened`` the containers that are not called;
+    ``steps`` the modules of the branch with class and attributes, by mode.
     """
 
-    own: Callable
-    programs: dict[bool, Callable]
+    own: Program
+    programs: dict[bool, tuple[Program | None, Program]]
     arguments: int
     defaults: dict[str, object]
     attributes: dict[str, object]
-    replaced: tuple[tuple[str, Callable[[nn.Module], bool]], ...]
-    opened: tuple[str, ...]
+    replaced: tuple[tuple[tuple[str, ...], Callable[[nn.Module], bool]], ...]
+    opened: tuple[tuple[str, ...], ...]
+    steps: dict[bool, tuple[tuple[tuple[str, ...], type, dict[str, object]], ...]]
     summary: str
+
+    @staticmethod
+    def of(module: nn.Module, traces: dict[bool, Trace], found: dict[bool, Found]) -> Recipe:
+        """The recipe for ``module`` with what was found in its traces."""
+        replaced = {}
+        for residual, _ in (*found[True], *found[False]):
+            replaced[residual.q], replaced[residual.p] = layers.is_projection, layers.is_expansion
+            for norm in (residual.norm1, residual.norm2):
+                if norm is not None:
+                    replaced[norm] = layers.is_norm
+        first = traces[False]
+        programs, steps = {}, {}
+        for mode, traced in traces.items():
+            plain = [(residual, None) for residual, _ in found[mode]]
+            known = any(branch is not None for _, branch in found[mode])
+            whole = _program(traced, found[mode]) if known else None
+            programs[mode] = whole, _program(traced, plain)
+            steps[mode] = tuple(
+                (tuple(name.split(".")), *kind)
+                for _, branch in found[mode]
+                if branch is not None
+                for name, *kind in branch.steps
+            )
+        return Recipe(
+            type(module).forward,
+            programs,
+            sum(node.op == "placeholder" for node in first.graph.nodes),
+            first.defaults,
+            first.attributes,
+            tuple((tuple(name.split(".")), fits) for name, fits in replaced.items()),
+            tuple(tuple(name.split(".")) for name in first.opened),
+            steps,
+            "; ".join(map(_summary, found[False])),
+        )
 
     def objection(self, module: nn.Module) -> str | None:
         """Why ``module`` has to run its own forward now; None for no reason."""
@@ -40,26 +81,37 @@ class Recipe:
             return "its class has another forward now"
         if torch.nn.modules.module._has_any_global_hook():
             return "there are global module hooks"
-        now = vars(module)
+        now = module.__dict__
         for name, value in self.attributes.items():
             if now.get(name) != value:
                 return f"its attribute {name} has changed since it was accelerated"
-        for name, fits in self.replaced:
-            child = _child(module, name)
+        for path, fits in self.replaced:
+            child = _child(module, path)
             if child is None or not fits(child):
-                return f"{name} is another kind of module now"
+                return f"{'.'.join(path)} is another kind of module now"
             if layers.has_hooks(child):
-                return f"{name} has hooks"
-        for name in self.opened:
-            child = _child(module, name)
+                return f"{'.'.join(path)} has hooks"
+        for path in self.opened:
+            child = _child(module, path)
             if child is None or layers.has_hooks(child):
-                return f"{name} has hooks"
+                return f"{'.'.join(path)} has hooks"
         return None
 
+    def keeps_branch(self, module: nn.Module) -> bool:
+        """Whether the branch of ``module`` has to be called as it is written, if it ever has not."""
+        mode = module.training
+        for path, kind, attributes in self.steps[mode]:
+            child = _child(module, path)
+            if type(child) is not kind or child.training is not mode or layers.has_hooks(child):
+                return True
+            if attributes and any(child.__dict__.get(name) != value for name, value in attributes.items()):
+                return True
+        return False
 
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    for part in name.split("."):
-        module = module._modules.get(part)
+
+def _child(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    for name in path:
+        module = module._modules.get(name)
         if module is None:
             return None
     return module
@@ -79,9 +131,12 @@ def install(module: nn.Module, recipe: Recipe) -> None:
     # own forward, also where this package is not installed.
     def forward(self, *args, **kwargs):
         plain = len(args) <= arguments and all(isinstance(arg, Tensor) for arg in args)
-        if plain and not (defaults and kwargs.keys() & defaults.keys()) and recipe.objection(self) is None:
-            return programs[self.training](self, *args, **kwargs)
-        return own(self, *args, **kwargs)
+        if not plain or (defaults and kwargs.keys() & defaults.keys()) or recipe.objection(self) is not None:
+            return own(self, *args, **kwargs)
+        whole, residual = programs[self.training]
+        if whole is None or recipe.keeps_branch(self):
+            return residual(self, *args, **kwargs)
+        return whole(self, *args, **kwargs)
 
     setattr(forward, _MARK, recipe)
     module.forward = types.MethodType(forward, module)
@@ -93,50 +148,61 @@ def remove(module: nn.Module) -> None:
         del module.forward
 
 
-def program(trace: Trace, matches: list[Match]) -> Callable:
-    """A function (module, \\*arguments) of the same data flow with every match in one call."""
+def _summary(found: tuple[Match, Branch | None]) -> str:
+    residual, branch = found
+    latent = "norm₁(Qᵀx)" if residual.norm1 else "Qᵀx"
+    text = f"norm₂(Φ {latent})" if residual.norm2 else f"Φ {latent}"
+    text = f"P [{text} + latent]" if residual.latent_residual else f"P {text}"
+    if residual.static is not None:
+        static = "static" if residual.conv is None else f"{residual.conv}(x)"
+        text = f"{'λ⊙' if residual.lam is not None else ''}{static} + {text}"
+    return f"{text} fused" + (", and its branch" if branch is not None else "")
+
+
+def _program(trace: Trace, found: Found) -> Program:
+    """A function (module, \\*arguments) of the same data flow with every residual in one call."""
     graph = fx.Graph()
     places: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(trace.graph, places))
-    for match in matches:
-        _replace(graph, places, match)
+    for match, branch in found:
+        _replace(graph, places, match, branch)
     source = graph.python_code("self")
     scope = dict(source.globals)
     exec(compile(source.src, "<accelerated forward>", "exec"), scope)
     return scope["forward"]
 
 
-def _replace(graph: fx.Graph, places: dict[fx.Node, fx.Node], match: Match) -> None:
+def _replace(graph: fx.Graph, places: dict[fx.Node, fx.Node], match: Match, branch: Branch | None) -> None:
     output = places[match.output]
-    input, phi, lam, static = (
-        None if node is None else places[node] for node in (match.input, match.phi, match.lam, match.static)
-    )
+
+    def layer(name: str | None) -> fx.Node | None:
+        return None if name is None else graph.get_attr(name)
+
+    def place(node: fx.Node | None) -> fx.Node | None:
+        return None if node is None else places[node]
+
+    input = place(match.input)
     with graph.inserting_before(output):
-        q, p, norm1, norm2, conv = (
-            None if name is None else graph.get_attr(name)
-            for name in (match.q, match.p, match.norm1, match.norm2, match.conv)
-        )
-        if conv is not None:
-            static = None
-        arguments = (
-            input,
-            phi,
-            q,
-            p,
-            norm1,
-            norm2,
-            match.latent_residual,
-            match.transposed,
-            lam,
-            static,
-            conv,
-        )
-        call = graph.call_function(fused.residual, arguments)
+        residual = (layer(match.q), layer(match.p), layer(match.norm1), layer(match.norm2))
+        flags = match.latent_residual, match.transposed
+        static = None if match.conv is not None else place(match.static)
+        conv = layer(match.conv)
+        if branch is None:
+            coefficients = place(match.lam), place(match.phi)
+            arguments = (input, *coefficients, *residual, *flags, static, conv)
+            call = graph.call_function(fused.residual, arguments)
+        else:
+            names = branch.squeeze, branch.gate_layer, branch.lam, branch.phi
+            codes = branch.pool, branch.gate, branch.lam_activation
+            arguments = (input, *map(layer, names), *codes, *residual, match.latent_residual, static, conv)
+            call = graph.call_function(fused.layer, arguments)
     output.replace_all_uses_with(call)
     places[match.output] = call
     absorbed = {places[node] for node in match.absorbed if node is not match.output} | {output}
     if match.conv is not None:
         absorbed.add(places[match.static])
+    if branch is not None:
+        absorbed |= {places[node] for node in branch.nodes}
     for node in reversed(graph.nodes):
         if node in absorbed or (not node.users and node.op != "output" and _asks_for_size(node, absorbed)):
             graph.erase_node(node)
@@ -144,11 +210,7 @@ def _replace(graph: fx.Graph, places: dict[fx.Node, fx.Node], match: Match) -> N
 
 def _asks_for_size(node: fx.Node, absorbed: set[fx.Node]) -> bool:
     """Whether ``node`` is about the shape of an absorbed tensor, which nobody forms or reads any more."""
-    source = node
-    while (
-        source.op in ("call_function", "call_method") and source.args and isinstance(source.args[0], fx.Node)
-    ):
-        source = source.args[0]
-        if source in absorbed:
-            return True
-    return False
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and (source in absorbed or _asks_for_size(source, absorbed))

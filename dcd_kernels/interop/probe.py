@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from . import layers, match, patch
+from . import layers, patch
 from .trace import Shapes, Trace
 
 _BATCH = 3
@@ -57,16 +57,17 @@ def _same_draws() -> Iterator[None]:
         yield
 
 
-def shapes_and_matches(
-    twin: nn.Module, traces: dict[bool, Trace]
-) -> tuple[dict[bool, list[match.Match]], list[Tensor]]:
-    """The matches in either mode, and inputs that the module takes."""
-    matches: dict[bool, list[match.Match]] = {}
+def run(twin: nn.Module, traces: dict[bool, Trace]) -> tuple[dict[bool, Shapes], list[Tensor]]:
+    """All values in either mode, and the inputs that gave them.
+
+    Raises:
+        Differs: the module takes none of the inputs that its layers suggest.
+    """
+    runs: dict[bool, Shapes] = {}
     inputs = None
     for training, traced in traces.items():
-        runner, inputs = _run(twin, traced.graph, training, inputs)
-        matches[training] = match.find(twin, traced.graph, runner.shapes)
-    return matches, inputs
+        runs[training], inputs = _run(twin, traced.graph, training, inputs)
+    return runs, inputs
 
 
 def _run(
@@ -129,24 +130,27 @@ def _is_layer(twin: nn.Module, node: fx.Node) -> bool:
 
 
 def compare(twin: nn.Module, recipe: patch.Recipe, inputs: list[Tensor]) -> None:
-    """Raises Differs unless the recipe gives what the module gives, outputs and buffers, in both modes."""
-    for training in (True, False):
-        plain, patched = copy.deepcopy(twin).train(training), copy.deepcopy(twin).train(training)
-        with torch.no_grad():
-            with _same_draws():
-                expected = recipe.own(plain, *inputs)
+    """Raises Differs unless every program gives what the module gives, outputs and buffers."""
+    for training, programs in recipe.programs.items():
+        plain = copy.deepcopy(twin).train(training)
+        with _same_draws(), torch.no_grad():
+            expected = recipe.own(plain, *inputs)
+        for program in programs:
+            if program is None:
+                continue
+            patched = copy.deepcopy(twin).train(training)
             try:
-                with _same_draws():
-                    got = recipe.programs[training](patched, *inputs)
+                with _same_draws(), torch.no_grad():
+                    got = program(patched, *inputs)
             except Exception as error:
                 raise Differs(f"the fused form fails: {error}") from error
-        mode = "training" if training else "eval"
-        for what, values, truths in (
-            ("outputs", tree_leaves(got), tree_leaves(expected)),
-            ("buffers", list(patched.buffers()), list(plain.buffers())),
-        ):
-            if len(values) != len(truths) or not all(map(_agree, values, truths)):
-                raise Differs(f"fused {what} differ from its own in {mode} mode")
+            mode = "training" if training else "eval"
+            for what, values, truths in (
+                ("outputs", tree_leaves(got), tree_leaves(expected)),
+                ("buffers", list(patched.buffers()), list(plain.buffers())),
+            ):
+                if len(values) != len(truths) or not all(map(_agree, values, truths)):
+                    raise Differs(f"fused {what} differ from its own in {mode} mode")
 
 
 def _agree(value: object, truth: object) -> bool:

@@ -131,14 +131,16 @@ def _opened(module: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
 
 
 class Shapes(fx.Interpreter):
-    """Runs a graph on a module and keeps the shape of every tensor on the way, by node."""
+    """Runs a graph on a module and keeps every value on the way, and the shape of tensors, by node."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, graph=graph)
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.values: dict[fx.Node, object] = {}
         self.shapes: dict[fx.Node, torch.Size] = {}
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
+        self.values[n] = result
         if isinstance(result, Tensor):
             self.shapes[n] = result.shape
         return result
