@@ -95,7 +95,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     :mod:`dcd_kernels.interop.norms`.
     """
     _require_module("accelerate", model)
-    for _, module, recipe, _ in _examined(model):
+    for _, module in _candidates(model):
+        recipe, _ = _examined(module)
         patch.remove(module)
         if recipe is not None:
             patch.install(module, recipe)
@@ -122,13 +123,17 @@ def report(model: nn.Module) -> Report:
     """
     _require_module("report", model)
     entries = []
-    for name, module, recipe, reason in _examined(model):
+    for name, module in _candidates(model):
         installed = patch.recipe_of(module)
         if installed is not None:
             objection = installed.objection(module)
             reason = installed.summary if objection is None else f"runs as written at present: {objection}"
-        elif recipe is not None:
-            reason = f"not accelerated yet: {recipe.summary}"
+        else:
+            recipe, reason = _examined(module)
+            if recipe is not None:
+                reason = f"not accelerated yet: {recipe.summary}"
+            elif not _has_latent(module):
+                continue
         entries.append(Entry(name, type(module).__name__, installed is not None, reason))
     return Report(entries)
 
@@ -138,21 +143,20 @@ def _require_module(caller: str, model: object) -> None:
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _examined(model: nn.Module) -> Iterator[tuple[str, nn.Module, patch.Recipe | None, str]]:
-    """(name, module, recipe or None, reason) of every module that could be one."""
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that could be one: not torch's, not those that run fused by themselves."""
     for name, module in list(model.named_modules()):
-        if type(module).__module__.startswith(("torch.", "dcd_kernels.nn")) or not _has_parts(module):
-            continue
-        try:
-            recipe = examine(module)
-        except match.NoMatch as error:
-            if _has_latent(module):
-                yield name, module, None, str(error)
-        except (Untraceable, probe.Differs) as error:
-            if _has_latent(module):
-                yield name, module, None, str(error)
-        else:
-            yield name, module, recipe, recipe.summary
+        if not type(module).__module__.startswith(("torch.", "dcd_kernels.nn")) and _has_parts(module):
+            yield name, module
+
+
+def _examined(module: nn.Module) -> tuple[patch.Recipe | None, str]:
+    """The recipe for ``module``, or None and the reason why there is none."""
+    try:
+        recipe = examine(module)
+    except (Untraceable, match.NoMatch, probe.Differs) as error:
+        return None, str(error)
+    return recipe, recipe.summary
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:

@@ -130,7 +130,7 @@ def install(module: nn.Module, recipe: Recipe) -> None:
     # Pickles under this name: a method is looked up in the class when it is loaded, which gives the class's
     # own forward, also where this package is not installed.
     def forward(self, *args, **kwargs):
-        plain = len(args) <= arguments and all(isinstance(arg, Tensor) for arg in args)
+        plain = len(args) <= arguments and all(isinstance(arg, Tensor) for arg in (*args, *kwargs.values()))
         if not plain or (defaults and kwargs.keys() & defaults.keys()) or recipe.objection(self) is not None:
             return own(self, *args, **kwargs)
         whole, residual = programs[self.training]
