@@ -20,6 +20,28 @@ from . import layers, norms
 _CONVOLUTIONS = {3: functional.dcd_conv1d, 4: functional.dcd_conv2d, 5: functional.dcd_conv3d}
 
 
+class LatentSize:
+    """The size of z = Qᵀx and of views of it with ``rank`` dimensions, for code that asks a z not formed."""
+
+    def __init__(self, input: Tensor, q: nn.Module, rank: int) -> None:
+        stride = (1,) * (input.dim() - 2) if input.dim() == 2 else q.stride
+        spatial = [(length - 1) // step + 1 for length, step in zip(input.shape[2:], stride, strict=True)]
+        if rank - 2 < len(spatial):
+            spatial = [math.prod(spatial)]
+        sizes = input.shape[0], q.weight.shape[0], *spatial
+        self.shape = torch.Size([*sizes, *[1] * (rank - len(sizes))])
+        self.ndim = rank
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
 def layer(
     input: Tensor,
     squeeze: nn.Linear,
@@ -138,7 +160,7 @@ def _is_fusable(conv: nn.Module, input: Tensor, stride: tuple[int, ...]) -> bool
     return (
         layers.is_projection(conv)
         and layers.rank(conv) == input.dim()
-        and not layers.has_hooks(conv)
+        and not layers.is_altered(conv)
         and (input.dim() == 2 or tuple(conv.stride) == tuple(stride))
     )
 

@@ -60,11 +60,16 @@ def is_batch_norm(module: nn.Module) -> bool:
     return any(_computes_as(module, kind) for kind in _BATCH_NORMS)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its forward."""
+def is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling ``module`` does something else than the forward of its class."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )

@@ -55,7 +55,8 @@ class Match:
     ``output`` is the node whose value the fused call replaces: the sum with the static output where there is
     one, else P's own. ``phi`` gives (N, L, L), transposed where ``transposed``. ``static`` is the node of the
     static output and ``conv`` the module that made it, where it read the same ``input``. Modules are given by
-    name; ``absorbed`` are all nodes that the fused call replaces.
+    name, ``identities`` those that hand on what they read. ``ranks`` are those of the latent's tensors, none of
+    which is formed any more; ``absorbed`` are all nodes that the fused call replaces.
     """
 
     output: fx.Node
@@ -70,6 +71,8 @@ class Match:
     lam: fx.Node | None = None
     static: fx.Node | None = None
     conv: str | None = None
+    identities: tuple[str, ...] = ()
+    ranks: dict[fx.Node, int] = field(default_factory=dict)
     absorbed: frozenset[fx.Node] = field(default_factory=frozenset)
 
 
@@ -147,6 +150,7 @@ class _Matcher:
     def __init__(self, module: nn.Module, shapes: Shapes) -> None:
         self.module, self.shapes = module, shapes
         self.absorbed: set[fx.Node] = set()
+        self.identities: list[str] = []
 
     def around(self, product: fx.Node) -> Match:
         phi, latent, transposed = self._operands(product)
@@ -183,10 +187,14 @@ class _Matcher:
         if len(ranks) > 1 or self.shapes[expansion][2:] != self.shapes[source][2:]:
             raise NoMatch("projection and expansion are of different ranks")
         self._no_other_readers(source, normalised, expansion, input)
-        return self._with_static(
-            Match(expansion, input, phi, transposed, q, expansion.target, norm1, norm2, latent_residual),
-            expansion,
+        match = Match(expansion, input, phi, transposed, q, expansion.target, norm1, norm2, latent_residual)
+        latents = self.absorbed - {expansion}
+        match = replace(
+            match,
+            identities=tuple(self.identities),
+            ranks={node: len(self.shapes[node]) for node in latents},
         )
+        return self._with_static(match, expansion)
 
     def _operands(self, product: fx.Node) -> tuple[fx.Node, fx.Node, bool]:
         if product.kwargs:
@@ -233,18 +241,25 @@ class _Matcher:
 
     def _back(self, node: fx.Node) -> fx.Node:
         """What ``node`` is a view of."""
-        while isinstance(node, fx.Node) and _is_view(node):
+        while isinstance(node, fx.Node) and self._hands_on(node):
             self.absorbed.add(node)
             node = node.args[0]
             self._same_latent(node)
         return node
+
+    def _hands_on(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a view of its argument, or what nn.Identity makes of it."""
+        if self._calls(node, layers.is_identity):
+            self.identities.append(node.target)
+            return True
+        return _is_view(node)
 
     def _ahead(self, node: fx.Node, residual: bool = False) -> list[fx.Node]:
         """Who reads ``node``, or views of it that keep its channels."""
         self._same_latent(node)
         readers = []
         for user in _users(node):
-            if _is_view(user):
+            if self._hands_on(user):
                 self.absorbed.add(user)
                 readers += self._ahead(user, residual)
             else:
@@ -260,7 +275,7 @@ class _Matcher:
             raise NoMatch("what is added to Φ times the latent is another tensor than the latent")
 
     def _root(self, node: object) -> object:
-        while isinstance(node, fx.Node) and _is_view(node) and self._keeps_channels(node):
+        while isinstance(node, fx.Node) and self._hands_on(node) and self._keeps_channels(node):
             self.absorbed.add(node)
             node = node.args[0]
         return node
@@ -275,8 +290,9 @@ class _Matcher:
         for node in self.absorbed - {expansion}:
             if any(user not in self.absorbed for user in _users(node)):
                 raise NoMatch("the latent is read by others too")
-            if self._shape_escapes(node, self.absorbed):
-                raise NoMatch("the size of the latent is used elsewhere")
+            like = [user for user in node.users if user.target in _LIKE and user not in self.absorbed]
+            if any(_is_size(user, node) for user in like):
+                raise NoMatch("another tensor gets the shape of the latent")
             if _changes_in_place(node) and len(_users(node.args[0])) > 1:
                 raise NoMatch("a tensor that is changed in place is read again")
         if any(_changes_in_place(user) for user in input.users):

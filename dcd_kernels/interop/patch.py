@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from . import fused, layers
 from .branch import Branch
+from .guards import Guards, Path, child, guard
 from .match import Match
 from .trace import Trace
 
@@ -35,10 +36,10 @@ class Recipe:
     programs: dict[bool, tuple[Program | None, Program]]
     arguments: int
     defaults: dict[str, object]
-    attributes: dict[str, object]
-    replaced: tuple[tuple[tuple[str, ...], Callable[[nn.Module], bool]], ...]
-    opened: tuple[tuple[str, ...], ...]
-    steps: dict[bool, tuple[tuple[tuple[str, ...], type, dict[str, object]], ...]]
+    guards: Guards
+    replaced: tuple[tuple[Path, Callable[[nn.Module], bool]], ...]
+    opened: tuple[Path, ...]
+    steps: dict[bool, tuple[tuple[Path, type, dict[str, object]], ...]]
     summary: str
 
     @staticmethod
@@ -50,6 +51,7 @@ class Recipe:
             for norm in (residual.norm1, residual.norm2):
                 if norm is not None:
                     replaced[norm] = layers.is_norm
+            replaced.update(dict.fromkeys(residual.identities, layers.is_identity))
         first = traces[False]
         programs, steps = {}, {}
         for mode, traced in traces.items():
@@ -68,7 +70,7 @@ class Recipe:
             programs,
             sum(node.op == "placeholder" for node in first.graph.nodes),
             first.defaults,
-            first.attributes,
+            guard(module),
             tuple((tuple(name.split(".")), fits) for name, fits in replaced.items()),
             tuple(tuple(name.split(".")) for name in first.opened),
             steps,
@@ -81,40 +83,31 @@ class Recipe:
             return "its class has another forward now"
         if torch.nn.modules.module._has_any_global_hook():
             return "there are global module hooks"
-        now = module.__dict__
-        for name, value in self.attributes.items():
-            if now.get(name) != value:
-                return f"its attribute {name} has changed since it was accelerated"
+        changed = self.guards.change(module)
+        if changed is not None:
+            return f"{changed} changed since it was accelerated"
         for path, fits in self.replaced:
-            child = _child(module, path)
-            if child is None or not fits(child):
+            part = child(module, path)
+            if part is None or not fits(part):
                 return f"{'.'.join(path)} is another kind of module now"
-            if layers.has_hooks(child):
-                return f"{'.'.join(path)} has hooks"
+            if layers.is_altered(part):
+                return f"{'.'.join(path)} has hooks or a forward of its own"
         for path in self.opened:
-            child = _child(module, path)
-            if child is None or layers.has_hooks(child):
-                return f"{'.'.join(path)} has hooks"
+            part = child(module, path)
+            if part is None or layers.is_altered(part):
+                return f"{'.'.join(path)} has hooks or a forward of its own"
         return None
 
     def keeps_branch(self, module: nn.Module) -> bool:
         """Whether the branch of ``module`` has to be called as it is written, if it ever has not."""
         mode = module.training
         for path, kind, attributes in self.steps[mode]:
-            child = _child(module, path)
-            if type(child) is not kind or child.training is not mode or layers.has_hooks(child):
+            part = child(module, path)
+            if type(part) is not kind or part.training is not mode or layers.is_altered(part):
                 return True
-            if attributes and any(child.__dict__.get(name) != value for name, value in attributes.items()):
+            if attributes and any(part.__dict__.get(name) != value for name, value in attributes.items()):
                 return True
         return False
-
-
-def _child(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    for name in path:
-        module = module._modules.get(name)
-        if module is None:
-            return None
-    return module
 
 
 def recipe_of(module: nn.Module) -> Recipe | None:
@@ -204,7 +197,26 @@ def _replace(graph: fx.Graph, places: dict[fx.Node, fx.Node], match: Match, bran
     if branch is not None:
         absorbed |= {places[node] for node in branch.nodes}
     for node in reversed(graph.nodes):
-        if node in absorbed or (not node.users and node.op != "output" and _asks_for_size(node, absorbed)):
+        if not node.users and node.op != "output" and (node in absorbed or _asks_for_size(node, absorbed)):
+            graph.erase_node(node)
+    _keep_sizes(graph, places, match, absorbed)
+
+
+def _keep_sizes(
+    graph: fx.Graph, places: dict[fx.Node, fx.Node], match: Match, absorbed: set[fx.Node]
+) -> None:
+    """What still asks for the size of a latent that is not formed any more is told by another."""
+    for original, rank in match.ranks.items():
+        node = places[original]
+        if node not in absorbed or not node.users or original is match.output:
+            continue
+        with graph.inserting_before(node):
+            size = graph.call_function(fused.LatentSize, (places[match.input], graph.get_attr(match.q), rank))
+        for user in list(node.users):
+            if user not in absorbed:
+                user.replace_input_with(node, size)
+    for node in reversed(graph.nodes):
+        if node in absorbed:
             graph.erase_node(node)
 
 

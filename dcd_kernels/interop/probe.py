@@ -12,12 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from . import layers, patch
-from .trace import Shapes, Trace
+from .trace import SEED, Shapes, Trace, guesses
 
-_BATCH = 3
-_SIZES = ((7, 6, 5), (19, 18, 17))  # the second for kernels that do not fit into the first
 _TOLERANCE = 1e-9
-_SEED = 20
 
 
 class Differs(Exception):
@@ -34,10 +31,10 @@ def random_twin(module: nn.Module) -> nn.Module:
         patch.remove(child)
     meta = any(t.is_meta for t in (*twin.parameters(), *twin.buffers()))
     twin = (twin.to_empty(device="cpu") if meta else twin.to("cpu")).to(torch.float64)
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for parameter in twin.parameters():
-            fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
+            fan_in = max(1, parameter.shape[1:].numel()) if parameter.dim() > 1 else 1
             parameter.copy_(
                 torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / fan_in**0.5
             )
@@ -53,7 +50,7 @@ def random_twin(module: nn.Module) -> nn.Module:
 def _same_draws() -> Iterator[None]:
     """Random numbers of one seed, none of the caller's."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+        torch.manual_seed(SEED)
         yield
 
 
@@ -74,7 +71,7 @@ def _run(
     twin: nn.Module, graph: fx.Graph, training: bool, inputs: list[Tensor] | None
 ) -> tuple[Shapes, list[Tensor]]:
     error = Differs("what its forward takes could not be guessed")
-    for guess in _guesses(twin, graph) if inputs is None else [inputs]:
+    for guess in guesses(twin, graph) if inputs is None else [inputs]:
         runner = Shapes(copy.deepcopy(twin).train(training), graph)
         try:
             with _same_draws(), torch.no_grad():
@@ -85,48 +82,6 @@ def _run(
         else:
             return runner, guess
     raise error
-
-
-def _guesses(twin: nn.Module, graph: fx.Graph) -> Iterator[list[Tensor]]:
-    """Inputs by what reads the arguments; one that no convolution reads may be an image or a vector."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    readers = _readers(twin, graph)
-    convolved = {node: max(found, key=lambda pair: pair[1]) for node, found in readers.items()}
-    images = [(channels, rank) for channels, rank in convolved.values() if rank > 2]
-    like = images[0] if images else next(iter(convolved.values()), None)
-    if like is None:
-        return
-    generator = torch.Generator().manual_seed(_SEED)
-    for size in _SIZES:
-        for attempt in range(4 if len(placeholders) > 1 else 1):
-            shapes = []
-            for node in placeholders:
-                channels, rank = convolved.get(node, like)
-                if images and rank == 2:  # behind a pooling, to one number a channel or to four
-                    rank = 2 if attempt == 1 else like[1]
-                    channels = {0: like[0], 3: channels // 4}.get(attempt, channels)
-                shapes.append((_BATCH, channels, *size[: rank - 2]))
-            yield [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-def _readers(twin: nn.Module, graph: fx.Graph) -> dict[fx.Node, list[tuple[int, int]]]:
-    """(channels, rank) that the first static layers behind each argument of forward read."""
-    found: dict[fx.Node, list[tuple[int, int]]] = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or not layers.is_static(twin.get_submodule(node.target)):
-            continue
-        origin = node.args[0]
-        while origin.op != "placeholder" and not _is_layer(twin, origin) and origin.all_input_nodes:
-            origin = origin.all_input_nodes[0]
-        if origin.op == "placeholder":
-            layer = twin.get_submodule(node.target)
-            channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-            found.setdefault(origin, []).append((channels, layers.rank(layer)))
-    return found
-
-
-def _is_layer(twin: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and layers.is_static(twin.get_submodule(node.target))
 
 
 def compare(twin: nn.Module, recipe: patch.Recipe, inputs: list[Tensor]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from . import layers
+
+SEED = 20  # of everything that is drawn to look at a module
+_BATCH = 3
+_SIZES = ((7, 6, 5), (19, 18, 17))  # the second for kernels that do not fit into the first
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
@@ -18,25 +24,79 @@ class Untraceable(Exception):
     """A forward whose data flow is not the same for every input; the message is a reason to be reported."""
 
 
+class _UnknownLength(Exception):
+    """Something is unpacked whose length is not in the code; ``graph`` is what led there."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
+        super().__init__(str(node))
+        self.graph, self.node = graph, node
+
+
+class _Proxy(fx.Proxy):
+    def __len__(self) -> int:
+        return self.tracer.length(self.node)
+
+
 class _Tracer(fx.Tracer):
-    """Every child is one step, as it may have hooks and a mode of its own; only a Sequential is opened."""
+    """Every child is one step, as it may have hooks and a mode of its own; only a Sequential is opened.
+
+    ``lengths`` are those of shapes and tuples that are unpacked into arguments, by their node's name.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, lengths: dict[str, int]) -> None:
+        super().__init__()
+        self.lengths = lengths
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) is not nn.Sequential
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def length(self, node: fx.Node) -> int:
+        if node.name not in self.lengths:
+            raise _UnknownLength(self.graph, node)
+        return self.lengths[node.name]
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            return iter([obj[index] for index in range(self.length(obj.node))])
+
+
+def _graph(module: nn.Module, defaults: dict[str, object]) -> fx.Graph:
+    """Traces as often as another length has to be found out first, from an example."""
+    lengths: dict[str, int] = {}
+    while True:
+        try:
+            return _Tracer(lengths).trace(module, concrete_args=defaults or None)
+        except _UnknownLength as unknown:
+            lengths[unknown.node.name] = _length(module, unknown.graph, unknown.node)
+
+
+def _length(module: nn.Module, graph: fx.Graph, node: fx.Node) -> int:
+    for inputs in guesses(module, graph):
+        runner = Shapes(copy.deepcopy(module), graph)
+        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), torch.no_grad():
+            runner.run(*inputs)
+        if isinstance(runner.values.get(node), (tuple, list)):
+            return len(runner.values[node])
+    raise Untraceable(f"its forward loops over {node}")
 
 
 @dataclass(frozen=True)
 class Trace:
     """A module's forward in one mode, training or not.
 
-    ``defaults`` are the arguments that kept their default; ``attributes`` the module's numbers, flags and
-    names at that time, any of which the forward may have read; ``opened`` the names of the containers that
-    are no step of the graph.
+    ``defaults`` are the arguments that kept their default; ``opened`` the names of the containers that are no
+    step of the graph.
     """
 
     graph: fx.Graph
     defaults: dict[str, object]
-    attributes: dict[str, object]
     opened: tuple[str, ...]
 
 
@@ -92,13 +152,12 @@ def trace(module: nn.Module, training: bool) -> Trace:
     defaults = _defaults(module)
     if any(not isinstance(value, _PLAIN) for value in defaults.values()):
         raise Untraceable("its forward has defaults that are no plain values")
-    attributes = plain_attributes(module)
     mode = module.training
     try:
         # only the flag of this module: its children are not entered
         module.training = training
         with _untouched(module):
-            graph = _Tracer().trace(module, concrete_args=defaults or None)
+            graph = _graph(module, defaults)
     except Untraceable:
         raise
     except Exception as error:
@@ -107,7 +166,7 @@ def trace(module: nn.Module, training: bool) -> Trace:
     finally:
         module.training = mode
     _drop_defaults(graph, len(defaults))
-    return Trace(graph, defaults, attributes, _opened(module, graph))
+    return Trace(graph, defaults, _opened(graph))
 
 
 def _drop_defaults(graph: fx.Graph, count: int) -> None:
@@ -121,7 +180,7 @@ def _drop_defaults(graph: fx.Graph, count: int) -> None:
         graph.erase_node(node)
 
 
-def _opened(module: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
+def _opened(graph: fx.Graph) -> tuple[str, ...]:
     names = set()
     for node in graph.nodes:
         if node.op == "call_module":
@@ -144,3 +203,45 @@ class Shapes(fx.Interpreter):
         if isinstance(result, Tensor):
             self.shapes[n] = result.shape
         return result
+
+
+def guesses(twin: nn.Module, graph: fx.Graph) -> Iterator[list[Tensor]]:
+    """Inputs by what reads the arguments; one that no convolution reads may be an image or a vector."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    readers = _readers(twin, graph)
+    convolved = {node: max(found, key=lambda pair: pair[1]) for node, found in readers.items()}
+    images = [(channels, rank) for channels, rank in convolved.values() if rank > 2]
+    like = images[0] if images else next(iter(convolved.values()), None)
+    if like is None:
+        return
+    generator = torch.Generator().manual_seed(SEED)
+    for size in _SIZES:
+        for attempt in range(4 if len(placeholders) > 1 else 1):
+            shapes = []
+            for node in placeholders:
+                channels, rank = convolved.get(node, like)
+                if images and rank == 2:  # behind a pooling, to one number a channel or to four
+                    rank = 2 if attempt == 1 else like[1]
+                    channels = {0: like[0], 3: channels // 4}.get(attempt, channels)
+                shapes.append((_BATCH, channels, *size[: rank - 2]))
+            yield [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def _readers(twin: nn.Module, graph: fx.Graph) -> dict[fx.Node, list[tuple[int, int]]]:
+    """(channels, rank) that the first static layers behind each argument of forward read."""
+    found: dict[fx.Node, list[tuple[int, int]]] = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or not layers.is_static(twin.get_submodule(node.target)):
+            continue
+        origin = node.args[0]
+        while origin.op != "placeholder" and not _is_layer(twin, origin) and origin.all_input_nodes:
+            origin = origin.all_input_nodes[0]
+        if origin.op == "placeholder":
+            layer = twin.get_submodule(node.target)
+            channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+            found.setdefault(origin, []).append((channels, layers.rank(layer)))
+    return found
+
+
+def _is_layer(twin: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and layers.is_static(twin.get_submodule(node.target))

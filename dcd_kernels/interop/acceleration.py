@@ -199,8 +199,8 @@ def examine(module: nn.Module) -> patch.Recipe:
     """
     if "forward" in vars(module) and patch.recipe_of(module) is None and not _is_plain_method(module):
         raise Untraceable("the instance has a forward of its own already")
-    traces = {mode: trace(module, mode) for mode in (True, False)}
     twin = probe.random_twin(module)
+    traces = {mode: trace(twin, mode) for mode in (True, False)}
     runs, inputs = probe.run(twin, traces)
     found = {}
     for mode, run in runs.items():

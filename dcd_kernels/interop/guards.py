@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a traced forward took for granted: everything it may have read that is no tensor and no layer.
+
+A number, an option in a dictionary, whether there is a bias: what torch.fx finds becomes part of the data flow.
+Which attributes a forward reads is known from the names in its code, and in that of the other methods of its
+class. They are compared at every call; what has changed since makes the module run its own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_IDENTITIES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type)
+_MISSING = object()
+
+Path = tuple[str, ...]
+
+
+def child(module: nn.Module, path: Path) -> nn.Module | None:
+    """The module that is called ``path`` inside ``module``."""
+    for name in path:
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
+def snapshot(value: object) -> object:
+    """What compares equal as long as ``value`` means the same; of tensors and layers only that they are."""
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, nn.Module):
+        return nn.Module
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), [snapshot(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: snapshot(entry) for key, entry in value.items()}
+    if isinstance(value, _IDENTITIES) or not hasattr(value, "__dict__"):
+        return value
+    # a copy of the module has a copy of the object
+    return type(value), snapshot(vars(value))
+
+
+def structure(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    """Names of parameters, buffers and children, and which of them are absent."""
+    places = (module._modules, module._parameters, module._buffers)
+    return tuple([(name, value is None) for place in places for name, value in place.items()])
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Values by module and attribute, and the structure of the module and its containers."""
+
+    values: tuple[tuple[Path, str, object], ...]
+    structures: tuple[tuple[Path, tuple], ...]
+
+    def change(self, module: nn.Module) -> str | None:
+        """What is not any more as it was; None if everything is."""
+        for path, names in self.structures:
+            place = child(module, path)
+            if place is None or structure(place) != names:
+                return f"the children or parameters of {'.'.join(path) or 'the module'}"
+        for path, name, value in self.values:
+            if snapshot(getattr(child(module, path), name, _MISSING)) != value:
+                return ".".join((*path, name))
+        return None
+
+
+def guard(module: nn.Module) -> Guards:
+    """The guards of ``module`` as it is now."""
+    names = sorted(_names(type(module)))
+    values, structures = [], [((), structure(module))]
+    values += [((), name, snapshot(value)) for name, value in _readable(module, names)]
+    for path, inner in _children(module, ()):
+        if isinstance(inner, _CONTAINERS):
+            structures.append((path, structure(inner)))
+        else:
+            values += [(path, name, snapshot(value)) for name, value in _readable(inner, names)]
+    return Guards(tuple(values), tuple(structures))
+
+
+def _children(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
+    """The direct children, and those of containers."""
+    for name, inner in module._modules.items():
+        if inner is not None:
+            yield (*path, name), inner
+            if isinstance(inner, _CONTAINERS):
+                yield from _children(inner, (*path, name))
+
+
+def _readable(module: nn.Module, names: list[str]) -> Iterator[tuple[str, object]]:
+    """The attributes among ``names`` that are neither layers and tensors that are there, nor methods."""
+    for name in names:
+        own = next((place[name] for place in _places(module) if name in place), _MISSING)
+        if own is _MISSING:
+            own = inspect.getattr_static(type(module), name, _MISSING)
+            if own is _MISSING or hasattr(nn.Module, name) or hasattr(own, "__get__"):
+                continue
+        if not isinstance(own, (Tensor, nn.Module)):
+            yield name, own
+
+
+def _places(module: nn.Module) -> tuple[dict, ...]:
+    return vars(module), module._parameters, module._buffers, module._modules
+
+
+def _names(cls: type) -> set[str]:
+    """Names and strings in the code of the methods that ``cls`` adds to nn.Module."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        for value in vars(base).values():
+            for part in (
+                value,
+                *(getattr(value, name, None) for name in ("__func__", "__wrapped__", "fget")),
+            ):
+                if isinstance(part, types.FunctionType):
+                    _add_names(part.__code__, found)
+    return found - {"training"}
+
+
+def _add_names(code: types.CodeType, found: set[str]) -> None:
+    found.update(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            _add_names(constant, found)
+        elif isinstance(constant, str) and constant.isidentifier():
+            found.add(constant)
