@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a traced forward took for granted: everything it may have read that is no tensor and no layer.
 
-A number, an option in a dictionary, whether there is a bias: what torch.fx finds becomes part of the data flow.
+A number, an option in a dictionary, whether there is a bias: what torch.fx finds it takes for constant.
 Which attributes a forward reads is known from the names in its code, and in that of the other methods of its
 class. They are compared at every call; what has changed since makes the module run its own forward.
 """
@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _IDENTITIES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type)
@@ -33,6 +33,8 @@ def child(module: nn.Module, path: Path) -> nn.Module | None:
 
 def snapshot(value: object) -> object:
     """What compares equal as long as ``value`` means the same; of tensors and layers only that they are."""
+    if isinstance(value, fx.Proxy):
+        return fx.Proxy  # which has every attribute
     if isinstance(value, Tensor):
         return Tensor
     if isinstance(value, nn.Module):
@@ -74,7 +76,7 @@ class Guards:
 
 def guard(module: nn.Module) -> Guards:
     """The guards of ``module`` as it is now."""
-    names = sorted(_names(type(module)))
+    names = sorted(names_in_code(type(module)))
     values, structures = [], [((), structure(module))]
     values += [((), name, snapshot(value)) for name, value in _readable(module, names)]
     for path, inner in _children(module, ()):
@@ -110,7 +112,7 @@ def _places(module: nn.Module) -> tuple[dict, ...]:
     return vars(module), module._parameters, module._buffers, module._modules
 
 
-def _names(cls: type) -> set[str]:
+def names_in_code(cls: type) -> set[str]:
     """Names and strings in the code of the methods that ``cls`` adds to nn.Module."""
     found: set[str] = set()
     for base in cls.__mro__:

@@ -55,8 +55,8 @@ class Match:
     ``output`` is the node whose value the fused call replaces: the sum with the static output where there is
     one, else P's own. ``phi`` gives (N, L, L), transposed where ``transposed``. ``static`` is the node of the
     static output and ``conv`` the module that made it, where it read the same ``input``. Modules are given by
-    name, ``identities`` those that hand on what they read. ``ranks`` are those of the latent's tensors, none of
-    which is formed any more; ``absorbed`` are all nodes that the fused call replaces.
+    name, ``identities`` those that hand on what they read. ``ranks`` are those of the latent's tensors, which
+    are not formed any more; ``absorbed`` are all nodes that the fused call replaces.
     """
 
     output: fx.Node

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def install(module: nn.Module, recipe: Recipe) -> None:
             return residual(self, *args, **kwargs)
         return whole(self, *args, **kwargs)
 
+    forward.__signature__ = inspect.signature(own)  # torch.export goes by the names of the arguments
     setattr(forward, _MARK, recipe)
     module.forward = types.MethodType(forward, module)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,12 +23,17 @@ class Differs(Exception):
 
 def random_twin(module: nn.Module) -> nn.Module:
     """A copy on the CPU, in float64, unpatched, with random parameters and statistics."""
+    if torch.nn.modules.module._has_any_global_hook():
+        raise Differs("there are global module hooks, which would see what is only tried")
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        raise Differs("it has parameters without a size yet")
     try:
         twin = copy.deepcopy(module)
     except Exception as error:
         raise Differs(f"it cannot be copied: {error}") from error
     for child in twin.modules():
         patch.remove(child)
+        _remove_hooks(child)
     meta = any(t.is_meta for t in (*twin.parameters(), *twin.buffers()))
     twin = (twin.to_empty(device="cpu") if meta else twin.to("cpu")).to(torch.float64)
     generator = torch.Generator().manual_seed(SEED)
@@ -44,6 +49,13 @@ def random_twin(module: nn.Module) -> nn.Module:
                 child.running_var.uniform_(0.5, 1.5, generator=generator)
                 child.num_batches_tracked.zero_()
     return twin
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """They are somebody's, and shall not see what is only tried."""
+    for name, place in vars(module).items():
+        if name.endswith("_hooks") and isinstance(place, dict):
+            place.clear()
 
 
 @contextlib.contextmanager
@@ -85,34 +97,57 @@ def _run(
 
 
 def compare(twin: nn.Module, recipe: patch.Recipe, inputs: list[Tensor]) -> None:
-    """Raises Differs unless every program gives what the module gives, outputs and buffers."""
+    """Raises Differs unless every program gives what the module gives: outputs, buffers and gradients."""
     for training, programs in recipe.programs.items():
-        plain = copy.deepcopy(twin).train(training)
-        with _same_draws(), torch.no_grad():
-            expected = recipe.own(plain, *inputs)
+        truth = _everything(twin, recipe.own, training, inputs)
         for program in programs:
             if program is None:
                 continue
-            patched = copy.deepcopy(twin).train(training)
             try:
-                with _same_draws(), torch.no_grad():
-                    got = program(patched, *inputs)
+                got = _everything(twin, program, training, inputs)
             except Exception as error:
                 raise Differs(f"the fused form fails: {error}") from error
-            mode = "training" if training else "eval"
-            for what, values, truths in (
-                ("outputs", tree_leaves(got), tree_leaves(expected)),
-                ("buffers", list(patched.buffers()), list(plain.buffers())),
-            ):
-                if len(values) != len(truths) or not all(map(_agree, values, truths)):
+            for what, values in truth.items():
+                if not _agree(got[what], values) and (values or what != "gradients"):
+                    mode = "training" if training else "eval"
                     raise Differs(f"fused {what} differ from its own in {mode} mode")
 
 
-def _agree(value: object, truth: object) -> bool:
+def _everything(twin: nn.Module, forward: Callable, training: bool, inputs: list[Tensor]) -> dict[str, list]:
+    """Outputs, buffers and gradients of one forward and backward pass of a copy."""
+    module = copy.deepcopy(twin).train(training).requires_grad_()
+    leaves = [*(input.clone().requires_grad_() for input in inputs), *module.parameters()]
+    with _same_draws(), torch.enable_grad():
+        outputs = tree_leaves(forward(module, *[leaf.clone() for leaf in leaves[: len(inputs)]]))
+        sums = [output.square().sum() for output in outputs if _has_gradient(output)]
+        gradients = ()
+        if sums:
+            # None too where forward edits in place what its own gradient needs
+            with contextlib.suppress(RuntimeError):
+                gradients = torch.autograd.grad(sum(sums), leaves, allow_unused=True)
+    return {"outputs": outputs, "buffers": list(module.buffers()), "gradients": list(gradients)}
+
+
+def _has_gradient(output: object) -> bool:
+    return isinstance(output, Tensor) and output.requires_grad
+
+
+def _agree(values: list, truths: list) -> bool:
+    """Whether all values are the truths, up to what rounding does to the largest of them."""
+    if len(values) != len(truths):
+        return False
+    sizes = [
+        truth.detach().norm() for truth in truths if isinstance(truth, Tensor) and truth.is_floating_point()
+    ]
+    allowed = _TOLERANCE * max(sizes, default=0.0)
+    return all(_same(value, truth, allowed) for value, truth in zip(values, truths, strict=True))
+
+
+def _same(value: object, truth: object, allowed: float) -> bool:
     if not isinstance(truth, Tensor):
         return type(value) is type(truth) and value == truth
     if not isinstance(value, Tensor) or value.shape != truth.shape or value.dtype != truth.dtype:
         return False
     if not truth.is_floating_point():
         return torch.equal(value, truth)
-    return bool((value - truth).norm() <= _TOLERANCE * truth.norm())
+    return value.requires_grad == truth.requires_grad and bool((value - truth).detach().norm() <= allowed)

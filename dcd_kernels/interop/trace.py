@@ -13,10 +13,26 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import layers
+from .guards import names_in_code, snapshot
 
 SEED = 20  # of everything that is drawn to look at a module
 _BATCH = 3
 _SIZES = ((7, 6, 5), (19, 18, 17))  # the second for kernels that do not fit into the first
+_MISSING = object()
+_MODES = {
+    "no_grad",
+    "enable_grad",
+    "set_grad_enabled",
+    "inference_mode",
+    "is_grad_enabled",
+    "autocast",
+    "is_autocast_enabled",
+    "custom_fwd",
+    "checkpoint",
+    "requires_grad",
+    "requires_grad_",
+    "register_hook",
+}
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
@@ -35,6 +51,13 @@ class _UnknownLength(Exception):
 class _Proxy(fx.Proxy):
     def __len__(self) -> int:
         return self.tracer.length(self.node)
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return _Attribute(self, name)
+
+
+class _Attribute(fx.proxy.Attribute):
+    __len__, __getattr__ = _Proxy.__len__, _Proxy.__getattr__
 
 
 class _Tracer(fx.Tracer):
@@ -115,24 +138,24 @@ def plain_attributes(module: nn.Module) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _untouched(module: nn.Module) -> Iterator[None]:
-    """Attributes, parameters, buffers and children as they were; raises if the body changed any."""
-    places = [vars(module), module._parameters, module._buffers, module._modules]
-    before = [dict(place) for place in places]
-    values = plain_attributes(module)
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        for place, kept in zip(places, before, strict=True):
-            if place.keys() != kept.keys() or any(place[key] is not kept[key] for key in kept):
-                changed += [
-                    key for key in {*place, *kept} if key not in kept or place.get(key) is not kept[key]
-                ]
-                place.clear()
-                place.update(kept)
-    changed += [key for key, value in plain_attributes(module).items() if values.get(key) != value]
-    if changed:
-        raise Untraceable(f"its forward sets self.{sorted(changed)[0]}")
+    """Raises if the body changes an attribute of ``module``, or anything in one."""
+    before = snapshot(vars(module))
+    yield
+    after = snapshot(vars(module))
+    places = [(before, after), *((before[name], after[name]) for name in ("_parameters", "_buffers"))]
+    for old, new in places:
+        for name in sorted({*old, *new}):
+            if not name.startswith("_") and old.get(name, _MISSING) != new.get(name, _MISSING):
+                raise Untraceable(f"its forward sets self.{name}")
+
+
+def _require_followable(cls: type) -> None:
+    """torch.fx records what is computed, not in which mode of autograd or precision."""
+    if hasattr(cls.forward, "__wrapped__"):
+        raise Untraceable("its forward is decorated")
+    modes = names_in_code(cls) & _MODES
+    if modes:
+        raise Untraceable(f"its code has {sorted(modes)[0]} in it")
 
 
 def _defaults(module: nn.Module) -> dict[str, object]:
@@ -149,6 +172,7 @@ def trace(module: nn.Module, training: bool) -> Trace:
     Raises:
         Untraceable: control flow that depends on data, attributes that forward sets, arguments by the dozen.
     """
+    _require_followable(type(module))
     defaults = _defaults(module)
     if any(not isinstance(value, _PLAIN) for value in defaults.values()):
         raise Untraceable("its forward has defaults that are no plain values")
