@@ -206,9 +206,7 @@ def examine(module: nn.Module) -> patch.Recipe:
     for mode, run in runs.items():
         matches = match.find(twin, run.graph, run.shapes)
         found[mode] = [(residual, branch.find(twin, residual, run)) for residual in matches]
-    recipe = patch.Recipe.of(module, traces, found)
-    probe.compare(twin, recipe, inputs)
-    return recipe
+    return probe.proven(twin, patch.Recipe.of(module, traces, found), inputs)
 
 
 def _is_plain_method(module: nn.Module) -> bool:

@@ -166,7 +166,8 @@ class _Matcher:
             self.absorbed.add(source)
             source = self._back(source.args[0])
         if not self._calls(source, layers.is_projection):
-            raise NoMatch("what Φ is multiplied with is no 1×1 projection, nor a norm of one")
+            found = f", but {self._described(source)}"
+            raise NoMatch(f"what Φ is multiplied with is no 1×1 projection, nor a norm of one{found}")
         self.absorbed.add(source)
         q, input = source.target, source.args[0]
 
@@ -221,6 +222,11 @@ class _Matcher:
                 if term == batch + column + row:
                     return phi, latent, True
         raise NoMatch(f"einsum({equation!r}) is not a product by Φ")
+
+    def _described(self, node: fx.Node) -> str:
+        if isinstance(node, fx.Node) and node.op == "call_module":
+            return f"{node.target}, {self._module(node)}"
+        return str(node)
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.module.get_submodule(node.target)

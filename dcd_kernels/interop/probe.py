@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from . import layers, patch
 from .trace import SEED, Shapes, Trace, guesses
 
-_TOLERANCE = 1e-9
+_TOLERANCE = 1e-10
 
 
 class Differs(Exception):
@@ -96,21 +97,36 @@ def _run(
     raise error
 
 
-def compare(twin: nn.Module, recipe: patch.Recipe, inputs: list[Tensor]) -> None:
-    """Raises Differs unless every program gives what the module gives: outputs, buffers and gradients."""
-    for training, programs in recipe.programs.items():
+def proven(twin: nn.Module, recipe: patch.Recipe, inputs: list[Tensor]) -> patch.Recipe:
+    """``recipe`` with those of its programs that give what the module gives: outputs, buffers, gradients.
+
+    Raises:
+        Differs: the module's own branch followed by the fused residual does not.
+    """
+    programs = {}
+    for training, (whole, residual) in recipe.programs.items():
         truth = _everything(twin, recipe.own, training, inputs)
-        for program in programs:
-            if program is None:
-                continue
-            try:
-                got = _everything(twin, program, training, inputs)
-            except Exception as error:
-                raise Differs(f"the fused form fails: {error}") from error
-            for what, values in truth.items():
-                if not _agree(got[what], values) and (values or what != "gradients"):
-                    mode = "training" if training else "eval"
-                    raise Differs(f"fused {what} differ from its own in {mode} mode")
+        _require_same(twin, residual, training, inputs, truth)
+        try:
+            if whole is not None:
+                _require_same(twin, whole, training, inputs, truth)
+        except Differs:
+            whole = None
+        programs[training] = whole, residual
+    return replace(recipe, programs=programs)
+
+
+def _require_same(
+    twin: nn.Module, program: Callable, training: bool, inputs: list[Tensor], truth: dict[str, list]
+) -> None:
+    try:
+        got = _everything(twin, program, training, inputs)
+    except Exception as error:
+        raise Differs(f"the fused form fails: {error}") from error
+    for what, values in truth.items():
+        # there are none where forward edits in place what its own gradient needs
+        if not _agree(got[what], values) and (values or what != "gradients"):
+            raise Differs(f"fused {what} differ from its own in {'training' if training else 'eval'} mode")
 
 
 def _everything(twin: nn.Module, forward: Callable, training: bool, inputs: list[Tensor]) -> dict[str, list]:
@@ -122,7 +138,6 @@ def _everything(twin: nn.Module, forward: Callable, training: bool, inputs: list
         sums = [output.square().sum() for output in outputs if _has_gradient(output)]
         gradients = ()
         if sums:
-            # None too where forward edits in place what its own gradient needs
             with contextlib.suppress(RuntimeError):
                 gradients = torch.autograd.grad(sum(sums), leaves, allow_unused=True)
     return {"outputs": outputs, "buffers": list(module.buffers()), "gradients": list(gradients)}

@@ -259,6 +259,19 @@ def _redispatch(op, keyset, args):
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+class _Unpacked:
+    """A ctx whose saved tensors were asked for already.
+
+    Unpacking may run code that has to be recorded: a checkpointed forward is computed again there.
+    """
+
+    def __init__(self, ctx, saved_tensors: tuple[Tensor | None, ...]) -> None:
+        self._ctx, self.saved_tensors = ctx, saved_tensors
+
+    def __getattr__(self, name: str):
+        return getattr(self._ctx, name)
+
+
 def make_function(op, setup_context, backward_formula) -> type[torch.autograd.Function]:
     """The autograd.Function of `op`: apply(keyset, *args), keyset None outside of the dispatcher.
 
@@ -301,9 +314,10 @@ def make_function(op, setup_context, backward_formula) -> type[torch.autograd.Fu
         def backward(ctx, *grads):
             if torch.is_grad_enabled() or is_traced():
                 return (None, *backward_formula(ctx, *grads))
+            unpacked = _Unpacked(ctx, ctx.saved_tensors)
             # Spares each op of the formula its way through the Python autograd kernel.
             with torch._C._AutoDispatchBelowAutograd():
-                return (None, *backward_formula(ctx, *grads))
+                return (None, *backward_formula(unpacked, *grads))
 
     Function.__name__ = Function.__qualname__ = f"dcd_kernels::{op._opname}"
     return Function
