@@ -99,7 +99,7 @@ $(VENV)/.installed: $(VENV)/.tools $(BUILD_INPUTS)
 # Both sanitizers in one build of its own; torch is not built with them, so their runtime has to be loaded first.
 # Leaks are not looked for: Python and torch keep what they allocate until the process ends.
 SANITIZED := build-sanitize/lib
-SANITIZED_TESTS := tests/test_core.py tests/test_functional.py tests/test_grad.py tests/test_property.py \
+SANITIZED_TESTS := tests/test_core.py tests/test_functional.py tests/test_grad.py tests/test_moments.py tests/test_property.py \
 	$(wildcard tests/test_ops_*.py)
 SANITIZER_RUNTIME := $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZED_RUN = LD_PRELOAD=$(SANITIZER_RUNTIME) PYTHONPATH=$(SANITIZED) UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

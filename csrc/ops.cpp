@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ops without a file of their own: the CPU kernels' instruction set, the tests' poison, a schema.
+// The ops without a file of their own: the CPU kernels' instruction set, the tests' poison.
 #include <string>
 
 #include "tensors.h"
@@ -31,8 +31,6 @@ STABLE_TORCH_LIBRARY(dcd_kernels, m) {
     m.def("set_cpu_isa(str isa) -> ()");
     m.def("has_cpu_isa(str isa) -> bool");
     m.def("_poison(bool on) -> ()");
-    // its implementations are registered from Python: torch's own operations on the CPU, Triton on GPUs
-    m.def("latent_moments(Tensor input, Tensor q) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcd_kernels, CompositeExplicitAutograd, m) {

@@ -263,11 +263,10 @@ def test_support_table_says_what_can_run_says():
         cells = dict(zip(head, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
         assert "complex64" in cells["reference"]
         on_gpus = "float32, bfloat16, float16"
-        depthwise, moments = "depthwise" in row, "latent_moments" in row
+        depthwise = "depthwise" in row
         assert cells["triton"] == ("–" if depthwise else on_gpus)
         assert cells["cuda"] == (on_gpus if depthwise else "–")
-        on_cpu = extension.LOADED and not moments
-        assert cells["cpu"] == ("float32, float64, bfloat16, float16" if on_cpu else "–")
+        assert cells["cpu"] == ("float32, float64, bfloat16, float16" if extension.LOADED else "–")
 
 
 def test_support_table_follows_the_predicate(monkeypatch):

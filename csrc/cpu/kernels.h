@@ -12,6 +12,8 @@ struct Kernels {
     void (*pointwise_grad)(const PointwiseGradParams<T>&, const Runtime&);
     void (*apply)(const ApplyParams<T>&, const Runtime&);
     void (*apply_grad)(const ApplyGradParams<T>&, const Runtime&);
+    void (*moments)(const MomentsParams<T>&, const Runtime&);
+    void (*moments_grad)(const MomentsGradParams<T>&, const Runtime&);
     void (*depthwise)(const DepthwiseParams<T>&, const Runtime&);
     void (*depthwise_grad)(const DepthwiseGradParams<T>&, const Runtime&);
 };

@@ -102,6 +102,31 @@ struct ApplyGradParams {
     T* d_lam;            // [N, Co]
 };
 
+// Per sample, over its pixels and with z = Q^T x: mean E[z], covariance E[(z - mean)(z - mean)^T].
+template <class T>
+struct MomentsParams {
+    int64_t batch, in_channels, latent, pixels;
+    bool channels_last;  // the layout of input
+    Map<const T> input;  // [N, Ci, P]
+    const T* q;          // [Ci, L]
+    T* mean;             // [N, L]
+    T* covariance;       // [N, L, L]
+};
+
+// Gradients of the same. A null pointer is a gradient that nobody asked for, or gave.
+template <class T>
+struct MomentsGradParams {
+    int64_t batch, in_channels, latent, pixels;
+    bool channels_last;        // the layout of both maps
+    Map<const T> input;        // [N, Ci, P]
+    const T* q;                // [Ci, L]
+    const T* mean;             // [N, L], the forward's
+    const T* grad_mean;        // [N, L] or null
+    const T* grad_covariance;  // [N, L, L] or null
+    Map<T> d_input;            // [N, Ci, P]
+    T* d_q;                    // [Ci, L]
+};
+
 // Depthwise convolution of rank 1 to 3 (missing dimensions have size 1), W_n = diag(lam_n) W0 + P Phi_n R^T
 // (paper Eq. 8), Co = multiplier * Ci.
 template <class T>

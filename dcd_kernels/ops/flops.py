@@ -92,6 +92,14 @@ def latent_moments(input, q, *, out_shape=None) -> int:
     return 2 * input[0] * _pixels(input) * (q[0] * q[1] + q[1] ** 2)
 
 
+@register_flop_formula(_ops.latent_moments_backward)
+def latent_moments_backward(input, q, mean, grad_mean, grad_covariance, needs, *, out_shape=None) -> int:
+    """z and its product with the covariance's gradient, and the products that give dx and dQ."""
+    recomputed = 0 if grad_covariance is None else q[0] * q[1] + q[1] ** 2
+    products = (needs & 1) + (needs >> 1 & 1)
+    return 2 * input[0] * _pixels(input) * (recomputed + products * q[0] * q[1])
+
+
 @register_flop_formula(_ops.branch)
 def branch(sums, scale, squeeze, squeeze_bias, gate, gate_bias, expand, *others, out_shape=None) -> int:
     """The fully connected layers."""

@@ -38,9 +38,10 @@ struct Block {
     T* c = nullptr;  // [rows, lanes]
     int64_t c_row = 0;
     int activation = kNone;
-    // What the next panel of B will read: one line a step of k, for its rows are too far apart for the
-    // hardware to guess.
+    // What the next panel of B will read: one line a step of k, or all of its lines where no other band
+    // shares the work, for its rows are too far apart for the hardware to guess.
     const T* upcoming = nullptr;
+    bool lone = false;
 
     Block at(int64_t row, int64_t lane) const {
         Block s = *this;
@@ -87,10 +88,12 @@ struct Tile {
         return TAIL && j == VECTORS - 1 ? S::load_first(p + j * W, tail) : S::load(p + j * W);
     }
 
+    template <int LINES>
     static inline void product(V (&acc)[ROWS][VECTORS], const T* a, int64_t a_row, int64_t a_k, const T* b,
                                int64_t b_k, int64_t k, int tail, const T* upcoming) {
         for (int64_t i = 0; i < k; ++i) {
-            S::prefetch(upcoming);
+#pragma GCC unroll 4
+            for (int j = 0; j < LINES; ++j) S::prefetch(upcoming + j * W);
             upcoming += b_k;
             V x[VECTORS];
 #pragma GCC unroll 4
@@ -118,10 +121,13 @@ struct Tile {
 #pragma GCC unroll 4
                 for (int j = 0; j < VECTORS; ++j) acc[r][j] = load(s.init + r * s.init_row, j, tail);
         }
-        product(acc, s.a, s.a_row, s.a_k, s.b, s.b_k, s.k, tail, s.upcoming);
+        if (s.lone)
+            product<VECTORS>(acc, s.a, s.a_row, s.a_k, s.b, s.b_k, s.k, tail, s.upcoming);
+        else
+            product<1>(acc, s.a, s.a_row, s.a_k, s.b, s.b_k, s.k, tail, s.upcoming);
         if (s.scale)
             each(acc, s.scale, s.scale_row, s.along_lanes, tail, [](V a, V f) { return S::mul(a, f); });
-        product(acc, s.a2, s.a2_row, s.a2_k, s.b2, s.b2_k, s.k2, tail, s.b2);
+        product<1>(acc, s.a2, s.a2_row, s.a2_k, s.b2, s.b2_k, s.k2, tail, s.b2);
         if (s.bias) each(acc, s.bias, s.bias_row, s.along_lanes, tail, [](V a, V f) { return S::add(a, f); });
         if (s.residual)
             each(acc, s.residual, s.residual_row, true, tail, [](V a, V f) { return S::add(a, f); });
@@ -236,6 +242,7 @@ static void multiply(const Block<typename S::Scalar>& block, int64_t rows, int64
             // that costs nothing.
             const bool more = block.b && v1 + i < vectors && i < Shape<S>::kVectors;
             tile.upcoming = more ? block.b + (v1 + i) * W : tile.b;
+            tile.lone = more && bands == 1;
             tile_of<S>(static_cast<int>(r1 - r0), static_cast<int>(v1 - v0), tail != W)(tile, tail);
         }
     }
