@@ -348,6 +348,8 @@ class DynamicBranch(nn.Module):
             None if gate is None else gate.bias,
             expand.weight,
             expand.bias,
+            None,
+            None,
             self.lam_channels,
             ops.GATES.index(self.gate_name),
             ops.LAM_ACTIVATIONS.index(self.lam_activation),
