@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The dynamic branch's formulas that the CPU and the GPU share: codes, activations, tiles of the pooling.
+// The dynamic branch's tiles of pooling, which the CPU and the GPU share, and the activations of the GPU's
+// kernels: those of the CPU are in cpu/kernels/branch.h.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+
+#include "branch_codes.h"
 
 #ifdef __CUDACC__
 #    define DCD_FORMULA __host__ __device__ __forceinline__
@@ -12,18 +15,6 @@
 #endif
 
 namespace dcd {
-
-// Between the two FCs. The first five are the codes of Activation; kGateSE has a matrix of its own.
-enum Gate : int { kGateNone = 0, kGateRelu, kGateRelu6, kGateSilu, kGateHardswish, kGateSE, kGateEnd };
-
-enum LamActivation : int {
-    kLamOnePlus = 0,
-    kLamHardsigmoid2,
-    kLamSigmoid2,
-    kLamHardsigmoid,
-    kLamSigmoid,
-    kLamEnd
-};
 
 // What the kernel's shared memory has room for.
 constexpr int64_t kBranchMaxInputs = 8192, kBranchMaxHidden = 1024;

@@ -48,8 +48,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def operands(gate="relu", *, dtype=torch.float32, weights=None, sizes=(3, 2, 7, 5, 4, 6), bias=True):
-    """Leaves: sums and the six parameters in the order of the op, so large that all kinks are seen."""
+def operands(
+    gate="relu", *, dtype=torch.float32, weights=None, sizes=(3, 2, 7, 5, 4, 6), bias=True, split=False
+):
+    """Leaves: sums and the eight parameters in the order of the op, so large that all kinks are seen.
+
+    split: λ and Φ have FCs of their own.
+    """
     n, tiles, inputs, hidden, lam, others = sizes
     weights = weights or dtype
 
@@ -66,9 +71,15 @@ def operands(gate="relu", *, dtype=torch.float32, weights=None, sizes=(3, 2, 7, 
         vector(hidden),
         parameter(hidden, hidden) if gated else None,
         vector(hidden) if gated else None,
-        parameter(lam + others, hidden),
-        vector(lam + others),
+        parameter(lam + (0 if split else others), hidden),
+        vector(lam + (0 if split else others)),
+        parameter(others, hidden) if split else None,
+        vector(others) if split else None,
     ]
+
+
+def leaves(tensors):
+    return [t for t in tensors if t is not None]
 
 
 def call(tensors, gate="relu", lam_activation="hardsigmoid2", lam_channels=4, scale=0.25, op=ops.branch):
@@ -78,7 +89,8 @@ def call(tensors, gate="relu", lam_activation="hardsigmoid2", lam_channels=4, sc
 
 
 def truth(tensors, gate, lam_activation, lam_channels=4, scale=0.25):
-    sums, w1, b1, wg, bg, w2, b2 = (None if t is None else t.detach().double().numpy() for t in tensors)
+    arrays = [None if t is None else t.detach().double().numpy() for t in tensors]
+    sums, w1, b1, wg, bg, w2, b2, w3, b3 = arrays
 
     def affine(x, w, b):
         return x @ w.T + (0 if b is None else b)
@@ -87,15 +99,18 @@ def truth(tensors, gate, lam_activation, lam_channels=4, scale=0.25):
     logit = affine(hidden, wg, bg) if gate == "se" else None
     hidden = GATE[gate](hidden) if logit is None else hidden * np.clip(logit + 3, 0, 6) / 3
     logits = affine(hidden, w2, b2)
+    if w3 is not None:
+        return CLIP[lam_activation](logits), affine(hidden, w3, b3)
     return CLIP[lam_activation](logits[:, :lam_channels]), logits[:, lam_channels:]
 
 
 # --- branch
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("gate", "lam_activation"), EVERY)
-def test_formula(gate, lam_activation):
-    tensors = operands(gate)
+def test_formula(gate, lam_activation, split):
+    tensors = operands(gate, split=split)
     wanted = truth(tensors, gate, lam_activation)
     for got, right in zip(call(tensors, gate, lam_activation), wanted, strict=True):
         assert got.dtype == torch.float32 and got.is_contiguous()
@@ -108,7 +123,7 @@ def test_weights_of_other_types(weights):
     for got, right in zip(call(tensors, "se"), truth(tensors, "se", "hardsigmoid2"), strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), torch.from_numpy(right), rtol=1e-5, atol=1e-5)
-    gradients = torch.autograd.grad(sum(t.sum() for t in call(tensors, "se")), tensors)
+    gradients = torch.autograd.grad(sum(t.sum() for t in call(tensors, "se")), leaves(tensors))
     assert [g.dtype for g in gradients] == [torch.float32] + [weights] * 6
 
 
@@ -126,9 +141,10 @@ def test_absent_parts(sizes):
     assert all(t.grad is not None for t in tensors if t is not None)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("gate", "lam_activation"), EVERY)
-def test_gradients(gate, lam_activation):
-    tensors = operands(gate, dtype=torch.float64)
+def test_gradients(gate, lam_activation, split):
+    tensors = operands(gate, dtype=torch.float64, split=split)
 
     def function(*given):
         return call(given, gate, lam_activation)
@@ -163,10 +179,10 @@ def test_autocast_changes_nothing():
     tensors = operands("se")
     image = torch.randn(2, 3, 5, 5, requires_grad=True)
     wanted = [*call(tensors, "se"), ops.channel_sums(image)]
-    outer = torch.autograd.grad(sum(t.sum() for t in wanted), [*tensors, image])
+    outer = torch.autograd.grad(sum(t.sum() for t in wanted), [*leaves(tensors), image])
     with torch.autocast("cpu", torch.bfloat16):
         got = [*call(tensors, "se"), ops.channel_sums(image)]
-        inner = torch.autograd.grad(sum(t.sum() for t in got), [*tensors, image])
+        inner = torch.autograd.grad(sum(t.sum() for t in got), [*leaves(tensors), image])
     for a, b in zip([*got, *inner], [*wanted, *outer], strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
@@ -207,7 +223,7 @@ def test_compile(dynamic, bins):
         tensors = [torch.randn(shape, requires_grad=True), *operands("se", sizes=sizes)[1:]]
         got, wanted = compiled(*tensors), layer_(*tensors)
         torch.testing.assert_close(got, wanted)
-        for a, b in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(wanted, tensors), strict=True):
+        for a, b in zip(*(torch.autograd.grad(y, leaves(tensors)) for y in (got, wanted)), strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -227,7 +243,7 @@ def test_export():
     class Module(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.parameters_ = torch.nn.ParameterList(operands("se")[1:])
+            self.parameters_ = torch.nn.ParameterList(leaves(operands("se", split=True))[1:])
 
         def forward(self, image):
             return call((ops.channel_sums(image), *self.parameters_), "se", scale=0.1)
@@ -268,6 +284,18 @@ def test_export():
         ({"expand_bias": torch.zeros(9)}, r"expand_bias must have shape \(10,\)"),
         ({"lam_channels": 11}, "lam_channels must be from 0 to the rows of expand_weight, 10, got 11"),
         ({"lam_channels": -1}, "lam_channels must be from 0"),
+        ({"phi_bias": torch.zeros(6)}, "phi_bias must not be given without phi_weight"),
+        ({"phi_weight": torch.zeros(5)}, "phi_weight must have 2 dimensions"),
+        ({"phi_weight": torch.zeros(6, 4)}, r"phi_weight must have shape \(6, 5\), got \(6, 4\)"),
+        ({"phi_weight": torch.zeros(6, 5).half()}, "phi_weight must have the dtype of squeeze_weight"),
+        (
+            {"phi_weight": torch.zeros(6, 5)},
+            "lam_channels must be the rows of expand_weight, 10, where phi_weight is given, got 4",
+        ),
+        (
+            {"phi_weight": torch.zeros(6, 5), "phi_bias": torch.zeros(5), "lam_channels": 10},
+            r"phi_bias must have shape \(6,\), got \(5,\)",
+        ),
         ({"lam_activation": -1}, "lam_activation must be a code from 0 to 4, got -1"),
     ],
 )
@@ -280,8 +308,10 @@ def test_bad_input(change, message):
         "gate_bias",
         "expand_weight",
         "expand_bias",
+        "phi_weight",
+        "phi_bias",
     )
-    given = dict(zip(names, (t.detach() for t in operands("se")), strict=True))
+    given = dict(zip(names, (None if t is None else t.detach() for t in operands("se")), strict=True))
     given |= {"scale": 1.0, "lam_channels": 4, "gate": 5, "lam_activation": 1}
     with pytest.raises(RuntimeError, match=message):
         ops.branch(**(given | change))
@@ -300,6 +330,6 @@ def test_codes_are_those_of_the_compiled_code():
             None: lambda h: h,
         }
         for gate in GATES:
-            parameters = (one, None, None, None, one, None)
+            parameters = (one, None, None, None, one, None, None, None)
             _, phi = ops.branch(value.view(1, 1, 1), 1.0, *parameters, 0, ops.GATES.index(gate), 0)
             torch.testing.assert_close(phi.squeeze(), named[gate](value))

@@ -136,8 +136,33 @@ def test_moments_and_branch():
     assert flops(lambda: OPS.latent_moments(x, q)) == {OPS.latent_moments: 2 * N * 7 * (18 + 9)}
     sums = torch.randn(N, 1, CI)
     squeeze, gate, expand = torch.randn(4, CI), torch.randn(4, 4), torch.randn(CO + 9, 4)
-    counts = flops(lambda: OPS.branch(sums, 1.0, squeeze, None, gate, None, expand, None, CO, 5, 1))
+    codes = CO, 5, 1
+    counts = flops(lambda: OPS.branch(sums, 1.0, squeeze, None, gate, None, expand, None, None, None, *codes))
     assert counts == {OPS.branch: 2 * N * (24 + 16 + 19 * 4)}
+    lam, phi = torch.randn(CO, 4), torch.randn(9, 4)
+    counts = flops(lambda: OPS.branch(sums, 1.0, squeeze, None, gate, None, lam, None, phi, None, *codes))
+    assert counts == {OPS.branch: 2 * N * (24 + 16 + 19 * 4)}
+
+
+def test_gradients_of_the_branch():
+    from dcd_kernels.ops import branch
+
+    sums = torch.randn(N, 1, CI, requires_grad=True)
+    squeeze, gate = (torch.randn(4, columns, requires_grad=True) for columns in (CI, 4))
+    lam, phi = (torch.randn(rows, 4, requires_grad=True) for rows in (CO, 9))
+    frozen = [t.detach() for t in (squeeze, gate, lam, phi)]
+
+    def run(sums, squeeze, gate, lam, phi):
+        args = sums, 1.0, squeeze, None, gate, None, lam, None, phi, None, CO, 5, 1
+        sum(t.sum() for t in branch.branch(*args)).backward()
+
+    # the hidden units again, then both products of each FC
+    wanted = 2 * N * (24 + 16 + 2 * (24 + 16 + 19 * 4))
+    assert flops(lambda: run(sums, squeeze, gate, lam, phi))[OPS.branch_backward] == wanted
+    joined = torch.randn(CO + 9, 4, requires_grad=True)
+    assert flops(lambda: run(sums, squeeze, gate, joined, None))[OPS.branch_backward] == wanted
+    wanted = 2 * N * (24 + 16 + 24 + 16 + 19 * 4)
+    assert flops(lambda: run(sums, *frozen))[OPS.branch_backward] == wanted
 
 
 def test_a_module_is_counted_without_data():

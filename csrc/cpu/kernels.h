@@ -16,6 +16,10 @@ struct Kernels {
     void (*moments_grad)(const MomentsGradParams<T>&, const Runtime&);
     void (*depthwise)(const DepthwiseParams<T>&, const Runtime&);
     void (*depthwise_grad)(const DepthwiseGradParams<T>&, const Runtime&);
+    void (*channel_sums)(const ChannelSumsParams<T>&, const Runtime&);
+    void (*quadrants_grad)(const QuadrantsGradParams<T>&, const Runtime&);
+    void (*branch)(const BranchParams<T>&, const Runtime&);
+    void (*branch_grad)(const BranchGradParams<T>&, const Runtime&);
 };
 
 // One X-macro row an instruction set: name, what it asks of the machine. Best first. It declares the tables

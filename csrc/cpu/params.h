@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../branch_codes.h"
+
 namespace dcd {
 
 enum Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2, kSilu = 3, kHardswish = 4 };
@@ -164,6 +166,66 @@ struct DepthwiseGradParams {
     T* d_phi;     // [N, L_k, L_k]
     T* d_r;       // [taps, L_k]
     T* d_lam;     // [N, Co]
+};
+
+// Partial sums of every channel over the pixels, or over the four bins of adaptive pooling to 2x2.
+template <class T>
+struct ChannelSumsParams {
+    int64_t batch, channels, pixels;
+    bool channels_last;
+    bool quadrants;
+    int64_t height, width;     // of the image that has quadrants
+    int64_t tiles, tile_size;  // pixels of a tile; with quadrants, rows of each bin
+    Map<const T> input;        // [N, C, P]
+    T* sums;                   // [N, tiles, C] or [N, tiles, C, 4]
+};
+
+// The gradient of the sums over quadrants, spread over the image.
+template <class T>
+struct QuadrantsGradParams {
+    int64_t batch, channels, height, width;
+    bool channels_last;
+    int64_t tiles, tile_rows;  // one tile: its gradient is that of all of them
+    const T* grad;             // [N, tiles, C, 4]
+    Map<T> d_input;            // [N, C, H·W]
+};
+
+// With x = scale · sum over tiles:  h = gate(squeeze x),  lam = act(lam_weight h),  phi = phi_weight h
+template <class T>
+struct BranchParams {
+    int64_t batch, tiles, inputs, hidden;
+    int64_t lam_channels, others;  // numbers of lambda and of Phi; either may be 0
+    const T* sums;                 // [N, tiles, I]
+    T scale;
+    const T* squeeze;       // [S, I]
+    const T* squeeze_bias;  // [S] or null
+    const T* gate;          // [S, S], with kGateSE
+    const T* gate_bias;     // [S] or null
+    const T* lam_weight;    // [lam_channels, S]
+    const T* lam_bias;      // [lam_channels] or null
+    const T* phi_weight;    // [others, S]
+    const T* phi_bias;      // [others] or null
+    T* lam;                 // [N, lam_channels]
+    T* phi;                 // [N, others]
+    int gate_code, lam_code;
+};
+
+// Gradients of the same; a null pointer is one that nobody asked for.
+template <class T>
+struct BranchGradParams {
+    BranchParams<T> forward;  // its lam and phi unused
+    const T* lam;             // [N, lam_channels], what the forward gave
+    const T* d_lam;           // [N, lam_channels], or null for zero
+    const T* d_phi;           // [N, others], or null for zero
+    T* d_sums;                // [N, I]: that of every tile
+    T* d_squeeze;             // each like its parameter
+    T* d_squeeze_bias;
+    T* d_gate;
+    T* d_gate_bias;
+    T* d_lam_weight;
+    T* d_lam_bias;
+    T* d_phi_weight;
+    T* d_phi_bias;
 };
 
 }  // namespace dcd

@@ -21,10 +21,12 @@ struct BranchParams {
     const void* squeeze_bias;  // [S] or null
     const void* gate;          // [S, S] or null: kGateSE alone has one
     const void* gate_bias;     // [S] or null
-    const void* expand;        // [O, S]
-    const void* expand_bias;   // [O] or null
+    const void* expand;        // [O, S]; with phi [lam_channels, S]
+    const void* expand_bias;   // like expand's rows, or null
+    const void* phi;           // [O - lam_channels, S], the other rows, or null
+    const void* phi_bias;      // like phi's rows, or null
     float* lam;                // [N, lam_channels]
-    float* phi;                // [N, O - lam_channels]
+    float* others;             // [N, O - lam_channels]
     int64_t batch;             // N
     int tiles, inputs, hidden, outputs, lam_channels;  // T, I, S, O
     int gate_code, lam_code;
@@ -86,7 +88,7 @@ inline BranchPlan plan_branch(const BranchParams& s, int element_size, const Bra
     };
     plan.wide_squeeze = wide(s.squeeze, s.inputs);
     plan.wide_gate = gated && wide(s.gate, s.hidden);
-    plan.wide_expand = wide(s.expand, s.hidden);
+    plan.wide_expand = wide(s.expand, s.hidden) && (!s.phi || wide(s.phi, s.hidden));
     // More samples a cluster only where there are more than the processors take at once.
     plan.samples = 1;
     for (const int samples : {4, 8, 16}) {

@@ -70,14 +70,21 @@ DCD_BODY void add_up(const M& m, float (&products)[COUNT], int lane) {
     }
 }
 
-// A matrix as a block sees it: some of its columns.
+// A matrix as a block sees it: some of its columns. Its last rows may lie elsewhere.
 template <class E>
 struct Columns {
     const E* from;   // first of them in row 0
     int64_t stride;  // between rows
     int rows, count;
     bool wide;
+    const E* rest;  // the same in row `together`
+    int together;   // rows that lie behind the first
 };
+
+template <class E>
+DCD_INDEX Columns<E> one_matrix(const E* from, int64_t stride, int rows, int count, bool wide) {
+    return {from, stride, rows, count, wide, from, rows};
+}
 
 // One lane's share of the products of rows row, row + 1, … with every sample's vector, of which element k is
 // at vectors[j * stride + slot<E, LANES>(k)] and those behind the last up to `stride` are zero.
@@ -90,7 +97,8 @@ DCD_BODY void multiply(const Columns<E>& matrix, int row, const float* vectors, 
     for (int r = 0; r < kBranchRows; ++r) {
         // rows behind the last are computed from the last, and dropped
         const int known = row + r < matrix.rows ? row + r : matrix.rows - 1;
-        from[r] = matrix.from + known * matrix.stride;
+        const int behind = known - matrix.together;
+        from[r] = behind < 0 ? matrix.from + known * matrix.stride : matrix.rest + behind * matrix.stride;
     }
     DCD_UNROLL
     for (int i = 0; i < kProducts<SAMPLES>; ++i) products[i] = 0.0f;
@@ -195,8 +203,8 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
     }
     m.sync();
 
-    const Columns<E> squeeze{static_cast<const E*>(s.squeeze) + first_column, s.inputs, s.hidden, columns,
-                             plan.wide_squeeze};
+    const Columns<E> squeeze = one_matrix(static_cast<const E*>(s.squeeze) + first_column, s.inputs, s.hidden,
+                                          columns, plan.wide_squeeze);
     each_product<E, SAMPLES, kLongRow>(
         m, squeeze, 0, s.hidden, pooled, plan.pooled_stride,
         [&](int row, int j, float product) { partial[j * s.hidden + row] = product; });
@@ -220,7 +228,8 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
     if (s.gate_code == kGateSE) {
         float* gated = units + SAMPLES * plan.hidden_stride;
         clear_behind<E, SAMPLES>(gated, s.hidden, plan.hidden_stride, thread);
-        const Columns<E> gate{static_cast<const E*>(s.gate), s.hidden, s.hidden, s.hidden, plan.wide_gate};
+        const Columns<E> gate =
+            one_matrix(static_cast<const E*>(s.gate), s.hidden, s.hidden, s.hidden, plan.wide_gate);
         each_product<E, SAMPLES, kShortRow>(
             m, gate, 0, s.hidden, units, plan.hidden_stride, [&](int row, int j, float product) {
                 const int at = j * plan.hidden_stride + slot<E, kShortRow>(row);
@@ -230,19 +239,26 @@ DCD_BODY void branch(const M& m, const BranchParams& s, const BranchPlan& plan, 
         units = gated;
     }
 
-    const Columns<E> expand{static_cast<const E*>(s.expand), s.hidden, s.outputs, s.hidden, plan.wide_expand};
+    const Columns<E> expand{static_cast<const E*>(s.expand),
+                            s.hidden,
+                            s.outputs,
+                            s.hidden,
+                            plan.wide_expand,
+                            static_cast<const E*>(s.phi),
+                            s.phi ? s.lam_channels : s.outputs};
     const int first_row = rank * plan.rows;
     const int last_row = first_row + plan.rows < s.outputs ? first_row + plan.rows : s.outputs;
     each_product<E, SAMPLES, kShortRow>(
         m, expand, first_row, last_row, units, plan.hidden_stride, [&](int row, int j, float product) {
             const int64_t n = first_sample + j;
             if (n >= s.batch) return;
-            const float logit = product + bias_of<E>(s.expand_bias, row);
-            const int others = s.outputs - s.lam_channels;
+            const int others = s.outputs - s.lam_channels, behind = row - expand.together;
+            const float bias = behind < 0 ? bias_of<E>(s.expand_bias, row) : bias_of<E>(s.phi_bias, behind);
+            const float logit = product + bias;
             if (row < s.lam_channels)
                 s.lam[n * s.lam_channels + row] = lam_activation(logit, s.lam_code);
             else
-                s.phi[n * others + row - s.lam_channels] = logit;
+                s.others[n * others + row - s.lam_channels] = logit;
         });
 }
 

@@ -62,18 +62,18 @@ Tensor channel_sums(const Tensor& input, int64_t bins) {  // [N, C, *spatial] ->
     return sums;
 }
 
-// h = gate(squeeze x), x = scale · sum over T; lam = lam_activation, phi = the rest of expand h
-std::tuple<Tensor, Tensor> branch(const Tensor& sums,                  // [N, T, I]
-                                  double scale,                        //
-                                  const Tensor& squeeze_weight,        // [S, I]
-                                  const OptionalTensor& squeeze_bias,  // [S]
-                                  const OptionalTensor& gate_weight,   // [S, S]
-                                  const OptionalTensor& gate_bias,     // [S]
-                                  const Tensor& expand_weight,         // [O, S]
-                                  const OptionalTensor& expand_bias,   // [O]
-                                  int64_t lam_channels, int64_t gate, int64_t lam_code) {
-    const BranchShape shape = check_branch(sums, squeeze_weight, squeeze_bias, gate_weight, gate_bias,
-                                           expand_weight, expand_bias, lam_channels, gate, lam_code);
+// h = gate(squeeze x), x = scale · sum over T; lam = lam_activation, phi = the rest of expand h, or
+// phi_weight h
+std::tuple<Tensor, Tensor> branch(const Tensor& sums,  // [N, T, I]
+                                  double scale, const Tensor& squeeze_weight,
+                                  const OptionalTensor& squeeze_bias, const OptionalTensor& gate_weight,
+                                  const OptionalTensor& gate_bias, const Tensor& expand_weight,
+                                  const OptionalTensor& expand_bias, const OptionalTensor& phi_weight,
+                                  const OptionalTensor& phi_bias, int64_t lam_channels, int64_t gate,
+                                  int64_t lam_code) {
+    const BranchWeights weights{squeeze_weight, squeeze_bias, gate_weight, gate_bias,
+                                expand_weight,  expand_bias,  phi_weight,  phi_bias};
+    const BranchShape shape = check_branch(sums, weights, lam_channels, gate, lam_code);
     element_of(sums, "sums");
     const Element element = element_of(squeeze_weight, "squeeze_weight");
     STD_TORCH_CHECK(shape.inputs <= kBranchMaxInputs, "sums must have at most ", kBranchMaxInputs,
@@ -92,15 +92,17 @@ std::tuple<Tensor, Tensor> branch(const Tensor& sums,                  // [N, T,
     const ScalarType type = squeeze_weight.scalar_type();
     const Tensor own_sums = dense(sums, ScalarType::Float);
     const Tensor squeeze = dense(squeeze_weight, type), expand = dense(expand_weight, type);
-    const OptionalTensor gate_matrix = dense(gate_weight, type);
-    const OptionalTensor biases[3] = {dense(squeeze_bias, type), dense(gate_bias, type),
-                                      dense(expand_bias, type)};
+    const OptionalTensor gate_matrix = dense(gate_weight, type), phi_matrix = dense(phi_weight, type);
+    const OptionalTensor biases[4] = {dense(squeeze_bias, type), dense(gate_bias, type),
+                                      dense(expand_bias, type), dense(phi_bias, type)};
     cuda::BranchParams s{};
     s.sums = static_cast<const float*>(own_sums.const_data_ptr());
     s.squeeze = squeeze.const_data_ptr(), s.squeeze_bias = pointer<void>(biases[0]);
     s.gate = pointer<void>(gate_matrix), s.gate_bias = pointer<void>(biases[1]);
     s.expand = expand.const_data_ptr(), s.expand_bias = pointer<void>(biases[2]);
-    s.lam = static_cast<float*>(lam.mutable_data_ptr()), s.phi = static_cast<float*>(phi.mutable_data_ptr());
+    s.phi = pointer<void>(phi_matrix), s.phi_bias = pointer<void>(biases[3]);
+    s.lam = static_cast<float*>(lam.mutable_data_ptr());
+    s.others = static_cast<float*>(phi.mutable_data_ptr());
     s.batch = shape.batch, s.tiles = static_cast<int>(shape.tiles);
     s.inputs = static_cast<int>(shape.inputs), s.hidden = static_cast<int>(shape.hidden);
     s.outputs = static_cast<int>(shape.outputs), s.lam_channels = static_cast<int>(lam_channels);

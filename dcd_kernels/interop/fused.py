@@ -222,9 +222,6 @@ def _branch_op(
     from ..ops import branch as ops  # only there with the compiled extension
 
     bins = (input.shape[2:].numel(),) if pool == 1 else [(size + 1) // 2 for size in input.shape[2:]]
-    bias = None
-    if lam_layer.bias is not None or phi_layer.bias is not None:
-        bias = torch.cat([_bias(lam_layer), _bias(phi_layer)])
     return ops.branch(
         ops.channel_sums(input, pool),
         1.0 / math.prod(bins),
@@ -232,13 +229,11 @@ def _branch_op(
         squeeze.bias,
         None if gate_layer is None else gate_layer.weight,
         None if gate_layer is None else gate_layer.bias,
-        torch.cat((lam_layer.weight, phi_layer.weight)),
-        bias,
+        lam_layer.weight,
+        lam_layer.bias,
+        phi_layer.weight,
+        phi_layer.bias,
         lam_layer.weight.shape[0],
         ops.GATES.index(gate),
         ops.LAM_ACTIVATIONS.index(lam_activation),
     )
-
-
-def _bias(layer: nn.Linear) -> Tensor:
-    return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias

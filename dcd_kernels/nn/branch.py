@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcd_kernels import extension
 from dcd_kernels.backends import branch as kernels
 from dcd_kernels.nn.latent import squeeze_channels as default_squeeze_channels
+
+if extension.LOADED:
+    from dcd_kernels.ops import branch as ops
 
 
 def _hardsigmoid2(logits: Tensor) -> Tensor:
@@ -39,7 +43,7 @@ GATES: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
-# what the CUDA kernels pool to, in the form of DynamicBranch.pool_size
+# what the compiled ops pool to, in the form of DynamicBranch.pool_size
 _FUSED_POOLS = (None, (2, 2))
 
 # Of the two coefficients' logits at the start, relative to what nn.Linear would give: small, so that a fresh
@@ -99,11 +103,29 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
     return F.linear(input, layer.weight.to(input.dtype), bias)
 
 
+def _registered(slots: dict, name: str, module: nn.Module):
+    """``module.name`` at a tenth of its price where it is among the module's parameters or modules."""
+    return slots[name] if name in slots else getattr(module, name)
+
+
 def _is_plain(layer: nn.Linear | None) -> bool:
     """Whether the product with the weight is all that calling ``layer`` does."""
     return layer is None or (
-        type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+        type(layer) is nn.Linear
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and "forward" not in layer.__dict__
     )
+
+
+def _weight(layer: nn.Linear) -> Tensor:
+    return _registered(layer._parameters, "weight", layer)
+
+
+def _bias(layer: nn.Linear) -> Tensor | None:
+    return _registered(layer._parameters, "bias", layer)
 
 
 class DynamicBranch(nn.Module):
@@ -116,9 +138,9 @@ class DynamicBranch(nn.Module):
         λ = lam_activation(logits)
 
     The whole branch is computed in fp32 where the input is fp16 or bf16, under autocast too, and so are the
-    coefficients it returns; float64 stays float64. A fresh branch gives λ near 1 and Φ near 0. On a GPU a
-    branch that pools to 1 or (2, 2) is two kernels, one where the input's producer summed it up
-    (:meth:`runs_fused` says whether, and why not).
+    coefficients it returns; float64 stays float64. A fresh branch gives λ near 1 and Φ near 0. A branch that
+    pools to 1 or (2, 2) is two compiled ops, on a GPU two kernels, and one where the input's producer summed
+    it up (:meth:`runs_fused` says whether, and why not).
 
     Args:
         in_channels: channels of the tensor that the coefficients are computed from.
@@ -250,7 +272,7 @@ class DynamicBranch(nn.Module):
                 self.expand.bias.zero_()
 
     def runs_fused(self, input: Tensor) -> tuple[bool, str]:
-        """Whether ``forward(input)`` runs as the CUDA kernels of ``dcd_kernels.ops.branch``, and why not."""
+        """Whether ``forward(input)`` runs as the compiled ops of ``dcd_kernels.ops.branch``, and why not."""
         return self._can_fuse(input, self.squeeze, self.gate, self.expand)
 
     def _can_fuse(
@@ -264,23 +286,26 @@ class DynamicBranch(nn.Module):
         if not (_is_plain(squeeze) and _is_plain(gate) and _is_plain(expand)):
             return False, "an FC has hooks or is another class than nn.Linear"
         if gate is None:
-            return kernels.can_run(input, squeeze.weight, expand.weight)
-        return kernels.can_run(input, squeeze.weight, expand.weight, gate.weight)
+            return kernels.can_run(input, _weight(squeeze), _weight(expand))
+        return kernels.can_run(input, _weight(squeeze), _weight(expand), _weight(gate))
 
     def forward(self, input: Tensor, sums: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        if input.dim() < 2 or input.shape[1] != self.in_channels:
+        shape = input.shape
+        if len(shape) < 2 or shape[1] != self.in_channels:
             raise ValueError(
-                f"input of the branch must have shape (N, {self.in_channels}, *spatial), "
-                f"got {tuple(input.shape)}"
+                f"input of the branch must have shape (N, {self.in_channels}, *spatial), got {tuple(shape)}"
             )
-        if self.pool_size is not None and input.dim() != 2 + len(self.pool_size):
+        if self.pool_size is not None and len(shape) != 2 + len(self.pool_size):
             raise ValueError(
                 f"input of the branch must have {len(self.pool_size)} spatial dimensions for "
-                f"pool_size={self.pool_size}, got shape {tuple(input.shape)}"
+                f"pool_size={self.pool_size}, got shape {tuple(shape)}"
             )
         if sums is not None:
             sums = self._checked_sums(input, sums)
-        squeeze, gate, expand = self.squeeze, self.gate, self.expand
+        modules = self._modules
+        squeeze = _registered(modules, "squeeze", self)
+        gate = _registered(modules, "gate", self)
+        expand = _registered(modules, "expand", self)
         if self._can_fuse(input, squeeze, gate, expand)[0]:
             return self._fused(input, sums, squeeze, gate, expand)
         with _without_autocast(input.device.type):
@@ -331,23 +356,25 @@ class DynamicBranch(nn.Module):
         gate: nn.Linear | None,
         expand: nn.Linear,
     ) -> tuple[Tensor | None, Tensor | None]:
-        from dcd_kernels.ops import branch as ops  # only there with the compiled extension
-
-        if self.pool_size is None:
-            pixels = input.shape[2:].numel()
+        _, _, *sizes = input.shape
+        if not sizes:
+            sums = input.to(_accumulator(input)).unsqueeze(1)
+        elif self.pool_size is None:
             sums = ops.channel_sums(input) if sums is None else sums
         else:  # both bins of an axis are as long, for they share the middle of an odd size
-            pixels = ((input.shape[2] + 1) // 2) * ((input.shape[3] + 1) // 2)
+            sizes = [(size + 1) // 2 for size in sizes]
             sums = ops.channel_sums(input, 2)
         lam, phi = ops.branch(
             sums,
-            1.0 / pixels,
-            squeeze.weight,
-            squeeze.bias,
-            None if gate is None else gate.weight,
-            None if gate is None else gate.bias,
-            expand.weight,
-            expand.bias,
+            1.0 / math.prod(sizes),
+            _weight(squeeze),
+            _bias(squeeze),
+            None if gate is None else _weight(gate),
+            None if gate is None else _bias(gate),
+            _weight(expand),
+            _bias(expand),
+            None,
+            None,
             self.lam_channels,
             ops.GATES.index(self.gate_name),
             ops.LAM_ACTIVATIONS.index(self.lam_activation),

@@ -332,6 +332,19 @@ def _make_kernel(op, function):
     return kernel
 
 
+def register_composition(library: torch.library.Library, op, composition) -> None:
+    """Registers what computes the same as a CPU-only `op` in torch's operations.
+
+    It serves CUDA, and any device where the result is to be differentiated.
+    """
+
+    def kernel(keyset, *args):
+        return composition(*args) if needs_graph(*args) else _redispatch(op, keyset, args)
+
+    library.impl(op, kernel, "Autograd", with_keyset=True)
+    library.impl(op, composition, "CUDA")
+
+
 def register_op(library: torch.library.Library, op, formula) -> type[torch.autograd.Function]:
     """Registers (setup_context, backward) as the gradient of an op; returns its autograd.Function."""
     function = make_function(op, *formula)

@@ -101,7 +101,47 @@ def latent_moments_backward(input, q, mean, grad_mean, grad_covariance, needs, *
 
 
 @register_flop_formula(_ops.branch)
-def branch(sums, scale, squeeze, squeeze_bias, gate, gate_bias, expand, *others, out_shape=None) -> int:
+def branch(
+    sums,
+    scale,
+    squeeze,
+    squeeze_bias,
+    gate,
+    gate_bias,
+    expand,
+    expand_bias,
+    phi,
+    *others,
+    out_shape=None,
+) -> int:
     """The fully connected layers."""
-    weights = [shape for shape in (squeeze, gate, expand) if shape is not None]
-    return 2 * sums[0] * sum(math.prod(shape) for shape in weights)
+    return 2 * sums[0] * _numbers(squeeze, gate, expand, phi)
+
+
+@register_flop_formula(_ops.branch_backward)
+def branch_backward(
+    d_lam,
+    d_phi,
+    lam,
+    sums,
+    scale,
+    squeeze,
+    squeeze_bias,
+    gate,
+    gate_bias,
+    expand,
+    phi,
+    gate_code,
+    lam_code,
+    needs,
+    *,
+    out_shape=None,
+) -> int:
+    """The hidden units again, the gradient of each layer's input, and of the weights that are asked for."""
+    behind = _numbers(gate, expand, phi) + _numbers(squeeze) * (needs & 1)
+    asked = (shape for i, shape in ((1, squeeze), (3, gate), (5, expand), (7, phi)) if needs >> i & 1)
+    return 2 * sums[0] * (_numbers(squeeze, gate) + behind + _numbers(*asked))
+
+
+def _numbers(*shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes if shape is not None)

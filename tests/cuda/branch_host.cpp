@@ -167,9 +167,10 @@ const char* host_branch(int element, const float* sums, float scale, const void*
                         const int64_t* device, float* lam, float* phi, int64_t* plan_out) {
     return guarded([&] {
         BranchParams s{};
-        s.sums = sums, s.scale = scale, s.lam = lam, s.phi = phi;
-        s.squeeze = matrices[0], s.gate = matrices[1], s.expand = matrices[2];
-        s.squeeze_bias = biases[0], s.gate_bias = biases[1], s.expand_bias = biases[2];
+        s.sums = sums, s.scale = scale, s.lam = lam, s.others = phi;
+        s.squeeze = matrices[0], s.gate = matrices[1], s.expand = matrices[2], s.phi = matrices[3];
+        s.squeeze_bias = biases[0], s.gate_bias = biases[1], s.expand_bias = biases[2],
+        s.phi_bias = biases[3];
         s.batch = sizes[0], s.tiles = static_cast<int>(sizes[1]), s.inputs = static_cast<int>(sizes[2]);
         s.hidden = static_cast<int>(sizes[3]), s.outputs = static_cast<int>(sizes[4]);
         s.lam_channels = static_cast<int>(sizes[5]), s.gate_code = codes[0], s.lam_code = codes[1];
@@ -184,10 +185,13 @@ const char* host_branch(int element, const float* sums, float scale, const void*
         allow(s.sums, 4 * s.batch * s.tiles * s.inputs);
         allow(s.squeeze, int64_t{size} * s.hidden * s.inputs);
         allow(s.gate, int64_t{size} * s.hidden * s.hidden);
-        allow(s.expand, int64_t{size} * s.outputs * s.hidden);
+        const int others = s.phi ? s.outputs - s.lam_channels : 0, rows = s.outputs - others;
+        allow(s.expand, int64_t{size} * rows * s.hidden);
+        allow(s.phi, int64_t{size} * others * s.hidden);
         allow(s.squeeze_bias, int64_t{size} * s.hidden);
         allow(s.gate_bias, int64_t{size} * s.hidden);
-        allow(s.expand_bias, int64_t{size} * s.outputs);
+        allow(s.expand_bias, int64_t{size} * rows);
+        allow(s.phi_bias, int64_t{size} * others);
         with_element(element, [&](auto zero) {
             using E = decltype(zero);
             for (int64_t first = 0; first < plan.clusters; ++first) {

@@ -168,13 +168,13 @@ def quadrants(host, x: Image, height: int, width: int):
 
 
 def branch(host, sums, scale, matrices, biases, lam_channels, gate, lam_activation, element, device=H200):
-    """lam, phi and the plan; matrices and biases in the order squeeze, gate, expand, None where absent."""
+    """lam, phi and the plan; matrices and biases in the order squeeze, gate, expand, phi, or None."""
     assert sums.dtype == np.float32
     n, tiles, inputs = sums.shape
-    hidden, outputs = matrices[0].shape[0], matrices[2].shape[0]
+    hidden, outputs = matrices[0].shape[0], sum(m.shape[0] for m in matrices[2:] if m is not None)
     lam, phi = Guarded(n, lam_channels), Guarded(n, outputs - lam_channels)
     plan = integers(*[0] * 5)
-    pointers = ctypes.c_void_p * 3
+    pointers = ctypes.c_void_p * 4
     check(
         host.host_branch(
             ELEMENTS[element],

@@ -272,6 +272,8 @@ def truth(sums, scale, matrices, biases, lam_channels, gate, lam_activation):
     hidden = affine(sums.astype(np.float64).sum(1) * scale, 0)
     hidden = hidden * relu6(affine(hidden, 1) + 3) / 3 if gate == "se" else GATE[gate](hidden)
     logits = affine(hidden, 2)
+    if matrices[3] is not None:
+        return LAM[lam_activation](logits), affine(hidden, 3)
     return LAM[lam_activation](logits[:, :lam_channels]), logits[:, lam_channels:]
 
 
@@ -286,6 +288,7 @@ def run(
     bias=True,
     device=H200,
     aligned=True,
+    split=False,
 ):
     """One launch against the truth; returns its plan."""
     n, tiles, inputs, hidden, lam_channels, others = sizes
@@ -302,13 +305,20 @@ def run(
         placed[...] = bits
         return placed
 
+    rows = lam_channels if split else outputs  # of the expand FC
     matrices = [
         parameter(hidden, inputs),
         parameter(hidden, hidden) if gate == "se" else None,
-        parameter(outputs, hidden),
+        parameter(rows, hidden),
+        parameter(others, hidden) if split else None,
     ]
-    biases = [parameter(hidden), parameter(hidden) if gate == "se" else None, parameter(outputs)]
-    biases = biases if bias else [None] * 3
+    biases = [
+        parameter(hidden),
+        parameter(hidden) if gate == "se" else None,
+        parameter(rows),
+        parameter(others) if split else None,
+    ]
+    biases = biases if bias else [None] * 4
     call = (sums, scale, matrices, biases, lam_channels, gate, lam_activation)
     lam, phi, plan = kernels.branch(host, *call, element, device)
     exact = [
@@ -336,6 +346,18 @@ SHAPES = [
     (2, 1, 257, 33, 1, 130),
     (17, 1, 40, 12, 20, 16),
 ]
+
+
+@pytest.mark.parametrize("device", [H200, A100])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("element", kernels.ELEMENTS)
+@pytest.mark.parametrize("sizes", [(1, 1, 3, 4, 1, 1), (5, 4, 130, 7, 33, 9), (2, 1, 1024, 64, 1024, 256)])
+def test_fcs_of_their_own(host, rng, sizes, element, bias, device):
+    """λ's rows and Φ's lie apart, and a group's four rows may be of both."""
+    plan = run(host, rng, sizes, element=element, bias=bias, split=True, device=device)
+    assert plan["wide_expand"] == (sizes[3] % (4 if element == "float32" else 8) == 0)
+    plan = run(host, rng, sizes, element=element, aligned=False, gate="se", split=True, device=device)
+    assert not plan["wide_expand"]
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -379,8 +401,8 @@ def test_the_largest_fits(host, rng, element, device):
 
 def test_same_bits(host, rng):
     sums = rng.standard_normal((6, 3, 100)).astype(np.float32)
-    matrices = [rng.standard_normal(s).astype(np.float32) for s in ((9, 100), (9, 9), (50, 9))]
-    call = (sums, 0.1, matrices, [None] * 3, 20, "se", "sigmoid2", "float32", (1, *H200[1:]))
+    matrices = [rng.standard_normal(s).astype(np.float32) for s in ((9, 100), (9, 9), (50, 9))] + [None]
+    call = (sums, 0.1, matrices, [None] * 4, 20, "se", "sigmoid2", "float32", (1, *H200[1:]))
     first, again = kernels.branch(host, *call), kernels.branch(host, *call)
     assert all(np.array_equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
 
@@ -388,11 +410,11 @@ def test_same_bits(host, rng):
 def test_nan_stays_in_its_sample(host, rng):
     sums = rng.standard_normal((6, 1, 40)).astype(np.float32)
     sums[4, 0, 3] = np.nan
-    matrices = [rng.standard_normal(s).astype(np.float32) for s in ((9, 40), (9, 9), (50, 9))]
+    matrices = [rng.standard_normal(s).astype(np.float32) for s in ((9, 40), (9, 9), (50, 9))] + [None]
     for gate in GATES:
         for lam in LAMS:
             lam, phi, plan = kernels.branch(
-                host, sums, 1.0, matrices, [None] * 3, 20, gate, lam, "float32", (1, *H200[1:])
+                host, sums, 1.0, matrices, [None] * 4, 20, gate, lam, "float32", (1, *H200[1:])
             )
             assert plan["samples"] == 8
             for out in (lam, phi):

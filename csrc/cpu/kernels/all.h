@@ -4,10 +4,14 @@
 
 #include "../kernels.h"
 #include "apply.h"
+#include "branch.h"
+#include "branch_grad.h"
+#include "channel_sums.h"
 #include "depthwise.h"
 #include "moments_grad.h"
 #include "pointwise.h"
 #include "pointwise_grad.h"
+#include "quadrants_grad.h"
 
 namespace dcd::DCD_ISA {
 
@@ -15,6 +19,8 @@ template <class S>
 constexpr Kernels<typename S::Scalar> all_kernels() {
     return {&pointwise<S>, &pointwise_grad<S>, &apply<S>,     &apply_grad<S>,
             &moments<S>,   &moments_grad<S>,   &depthwise<S>, &depthwise_grad<S>};
+    return {&pointwise<S>,      &pointwise_grad<S>, &apply<S>,          &apply_grad<S>, &depthwise<S>,
+            &depthwise_grad<S>, &channel_sums<S>,   &quadrants_grad<S>, &branch<S>,     &branch_grad<S>};
 }
 
 }  // namespace dcd::DCD_ISA
