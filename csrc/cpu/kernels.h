@@ -2,6 +2,7 @@
 // The table of kernels that every instruction set fills, and the choice among them.
 #pragma once
 
+#include "latent_map.h"
 #include "params.h"
 
 namespace dcd {
@@ -14,6 +15,8 @@ struct Kernels {
     void (*apply_grad)(const ApplyGradParams<T>&, const Runtime&);
     void (*depthwise)(const DepthwiseParams<T>&, const Runtime&);
     void (*depthwise_grad)(const DepthwiseGradParams<T>&, const Runtime&);
+    void (*latent_map)(const LatentMapParams<T>&, const Runtime&);
+    void (*latent_map_grad)(const LatentMapGradParams<T>&, const Runtime&);
 };
 
 // One X-macro row an instruction set: name, what it asks of the machine. Best first. It declares the tables

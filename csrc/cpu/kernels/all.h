@@ -5,6 +5,7 @@
 #include "../kernels.h"
 #include "apply.h"
 #include "depthwise.h"
+#include "latent_map_grad.h"
 #include "pointwise.h"
 #include "pointwise_grad.h"
 
@@ -12,7 +13,8 @@ namespace dcd::DCD_ISA {
 
 template <class S>
 constexpr Kernels<typename S::Scalar> all_kernels() {
-    return {&pointwise<S>, &pointwise_grad<S>, &apply<S>, &apply_grad<S>, &depthwise<S>, &depthwise_grad<S>};
+    return {&pointwise<S>, &pointwise_grad<S>, &apply<S>,      &apply_grad<S>,
+            &depthwise<S>, &depthwise_grad<S>, &latent_map<S>, &latent_map_grad<S>};
 }
 
 }  // namespace dcd::DCD_ISA
