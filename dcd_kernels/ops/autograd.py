@@ -259,8 +259,10 @@ def _redispatch(op, keyset, args):
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def make_function(op, setup_context, backward_formula) -> type[torch.autograd.Function]:
+def make_function(op, setup_context, backward_formula, records=False) -> type[torch.autograd.Function]:
     """The autograd.Function of `op`: apply(keyset, *args), keyset None outside of the dispatcher.
+
+    `records`: the formula itself calls autograd, which therefore has to be there.
 
     torch.library.register_autograd makes a similar one. This one also works below torch.func.grad,
     which enters its level in the dispatcher, and can be applied without the dispatcher's detour.
@@ -299,7 +301,7 @@ def make_function(op, setup_context, backward_formula) -> type[torch.autograd.Fu
 
         @staticmethod
         def backward(ctx, *grads):
-            if torch.is_grad_enabled() or is_traced():
+            if records or torch.is_grad_enabled() or is_traced():
                 return (None, *backward_formula(ctx, *grads))
             # Spares each op of the formula its way through the Python autograd kernel.
             with torch._C._AutoDispatchBelowAutograd():
@@ -318,9 +320,11 @@ def _make_kernel(op, function):
     return kernel
 
 
-def register_op(library: torch.library.Library, op, formula) -> type[torch.autograd.Function]:
+def register_op(
+    library: torch.library.Library, op, formula, records: bool = False
+) -> type[torch.autograd.Function]:
     """Registers (setup_context, backward) as the gradient of an op; returns its autograd.Function."""
-    function = make_function(op, *formula)
+    function = make_function(op, *formula, records)
     library.impl(op, _make_kernel(op, function), "Autograd", with_keyset=True)
     return function
 
