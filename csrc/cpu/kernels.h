@@ -2,6 +2,7 @@
 // The table of kernels that every instruction set fills, and the choice among them.
 #pragma once
 
+#include "latent_map.h"
 #include "params.h"
 
 namespace dcd {
@@ -20,6 +21,8 @@ struct Kernels {
     void (*quadrants_grad)(const QuadrantsGradParams<T>&, const Runtime&);
     void (*branch)(const BranchParams<T>&, const Runtime&);
     void (*branch_grad)(const BranchGradParams<T>&, const Runtime&);
+    void (*latent_map)(const LatentMapParams<T>&, const Runtime&);
+    void (*latent_map_grad)(const LatentMapGradParams<T>&, const Runtime&);
 };
 
 // One X-macro row an instruction set: name, what it asks of the machine. Best first. It declares the tables

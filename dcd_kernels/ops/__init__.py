@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
-from . import autocast, autograd, branch, fakes, flops, moments  # noqa: F401 (flops registers formulas)
+from . import autocast, autograd, branch, fakes, flops, latent_map, moments  # noqa: F401 (flops registers formulas)
 from .calls import call
 
 __all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_pooled"]
@@ -48,6 +48,7 @@ _library.impl(_pooled, _pooled_on_cpu, "CPU")
 fakes.register(_library)
 moments.register(_library)
 branch.register(_library)
+latent_map.register(_library)
 autocast.register(_library, [*(form.forward for form in _FORMS), _pooled, moments.OP])
 _pointwise_function, _apply_function, _depthwise_function = (
     autograd.register(_library, form) for form in _FORMS

@@ -4,7 +4,16 @@
 import torch
 from torch.autograd import forward_ad
 
-_NAMES = ("pointwise", "pointwise_pooled", "apply", "depthwise", "latent_moments", "channel_sums", "branch")
+_NAMES = (
+    "pointwise",
+    "pointwise_pooled",
+    "apply",
+    "depthwise",
+    "latent_moments",
+    "latent_map",
+    "channel_sums",
+    "branch",
+)
 
 
 def _require_extension() -> None:
