@@ -122,6 +122,15 @@ def make_operands(case: Case, seed: int = 0) -> Operands:
     )
 
 
+def make_images(
+    batch: int, size: int, layout: str, device: torch.device | str = "cpu", seed: int = 0
+) -> torch.Tensor:
+    """Random images (batch, 3, size, size) for a network; the same numbers in every layout."""
+    generator = torch.Generator(device).manual_seed(seed)
+    images = torch.randn(batch, 3, size, size, generator=generator, device=device)
+    return images.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else images
+
+
 def pointwise_cases(batches: tuple[int, ...] = BATCHES, pattern: str = "") -> list[Case]:
     """The registered cases whose shape name ('384→96@14', or with '-' or '>' for the arrow) has `pattern`."""
     text = pattern.replace("->", "→").replace(">", "→").replace("-", "→")

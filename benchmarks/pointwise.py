@@ -7,12 +7,10 @@ Run from the root of the repository. README.md beside this file says what is mea
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 
-from . import environment
+from . import environment, session
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 QUICK_SECONDS, FULL_SECONDS = 0.6, 5.0
 
 
@@ -34,33 +32,11 @@ def parser() -> argparse.ArgumentParser:
         "--groups", nargs="+", default=(), help="only these groups: static ours 'factored eager' …"
     )
     made.add_argument(
-        "--isa",
-        choices=environment.ISAS,
-        default="native",
-        help="instruction set of ours; avx2 and baseline restrict the peers too (default: by cpuid)",
-    )
-    made.add_argument(
-        "--backend", default="cpu", help="backend that ours must use (default cpu: the fused kernels)"
-    )
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--core", type=int, help="first core to pin to (default: the last ones allowed)")
-    made.add_argument("--seconds", type=float, help=f"measuring time a case (default {FULL_SECONDS})")
-    made.add_argument(
-        "--clock",
-        choices=("cpu", "wall"),
-        help="cpu: CPU time of the process, blind to other processes (default with one thread); wall",
-    )
-    made.add_argument(
         "--consumer", action="store_true", help="time each call together with a sum over its output"
     )
     made.add_argument("--brief", action="store_true", help="no table per case, only the summary")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument(
-        "--save", action="store_true", help=f"write the rows under {RESULTS.name}/ as JSON lines and CSV"
-    )
-    made.add_argument(
-        "--check", action="store_true", help="exit with 1 if a figure that must be met is missed"
-    )
+    # the fused kernels by name, so that ours cannot run on the reference unnoticed
+    session.add_options(made, str(FULL_SECONDS), backend="cpu", backend_help="backend that ours must use")
     return made
 
 
@@ -68,13 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     made = parser()
     options = made.parse_args(given)
-    if options.threads < 1 or min(options.batch) < 1:
-        made.error(f"--threads and --batch must be positive, got {options.threads} and {options.batch}")
-    environment.enter("pointwise", given, options.isa, options.threads, options.backend)
-    try:
-        cores = environment.pin(options.threads, options.core)
-    except ValueError as error:
-        made.error(str(error))
+    cores = session.enter("pointwise", given, made, options)
     return _run(options, cores)
 
 
@@ -89,9 +59,7 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
     from .runner import Plan
     from .suite import run_case, wrong_entries
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    console = session.make_console()
     try:
         cases = pointwise_cases(tuple(options.batch), options.shapes)
     except ValueError as error:
@@ -101,7 +69,7 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
     if unknown := set(options.groups) - groups:
         console.print(f"[red]--groups: unknown {sorted(unknown)}, known are {sorted(groups)}[/]")
         return 2
-    clock = options.clock or ("cpu" if options.threads == 1 else "wall")
+    clock = session.clock_of(options)
     plan = Plan(
         seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
         min_rounds=3 if options.quick else 9,
@@ -117,7 +85,12 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
     refusals = {OURS: refusal} if refusal else {}
     run = environment.describe(options.isa, used_isa, options.threads, cores, options.backend, clock)
     tasks = options.task or ([FORWARD] if options.quick else [FORWARD, TRAINING])
-    _print_setup(console, run, plan)
+    session.print_setup(console, run, f"{'with' if plan.consumer else 'without'} a consumer")
+    console.print(
+        "caches: one untimed call before every timed block, the same operands in every call; no subnormal "
+        "operands; every candidate is compared with float64 before it is timed",
+        soft_wrap=True,
+    )
     if refusal:
         console.print(f"[yellow]ours is not measured: {refusal}[/]")
 
@@ -138,50 +111,14 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
         console.print(
             f"[red]wrong numbers: {entry.candidate.name} at {case.name}: {entry.reason}[/]", soft_wrap=True
         )
-    _print_noise(console, all_rows)
+    session.print_noise(console, all_rows, _shape_of)
     if options.save:
-        name = f"pointwise-{run['date'][:19].replace(':', '')}-{options.isa}-{options.threads}t"
-        for path in report.save(all_rows, RESULTS, name):
-            console.print(f"saved {path.relative_to(environment.ROOT)}")
+        session.save(console, all_rows, "pointwise", run, session.RESULTS)
     return 1 if wrong or (options.check and not met) else 0
 
 
-def _print_setup(console, run: dict, plan) -> None:
-    console.print(
-        f"[bold]{run['cpu']}[/], core {run['cores']}, {run['threads']} thread(s); torch {run['torch']}, "
-        f"oneDNN {run['onednn']}, MKL {run['mkl']}; commit {run['commit']}; {run['date']}",
-        soft_wrap=True,
-    )
-    console.print(
-        f"ours on backend {run['backend']}; instruction set: asked {run['isa']}, "
-        f"ours {run['ours_isa']}, ATen {run['aten_isa']}, oneDNN limit "
-        f"{run['onednn_limit']}; clock: {run['clock']}; {'with' if plan.consumer else 'without'} a consumer",
-        soft_wrap=True,
-    )
-    console.print(
-        f"GLIBC_TUNABLES set: {run['malloc']} (no page faults for outputs over 32 MB)", soft_wrap=True
-    )
-    console.print(
-        "caches: one untimed call before every timed block, the same operands in every call; no subnormal "
-        "operands; every candidate is compared with float64 before it is timed",
-        soft_wrap=True,
-    )
-
-
-def _print_noise(console, all_rows: list[dict]) -> None:
-    timed = [row for row in all_rows if row["p50_us"] is not None]
-    if not timed:
-        return
-    preempted = sum(row["preempted"] * row["rounds"] for row in timed) / sum(row["rounds"] for row in timed)
-    faults = max(timed, key=lambda row: row["faults_per_call"])
-    rounds = [row["rounds"] for row in timed]
-    console.print(
-        f"noise: {preempted:.1%} of the blocks were preempted; rounds a case: "
-        f"{min(rounds)} to {max(rounds)}; page faults a call at most {faults['faults_per_call']:.1f} "
-        f"({faults['candidate']}, {faults['in_channels']}→{faults['out_channels']}@{faults['size']} "
-        f"batch {faults['batch']})",
-        soft_wrap=True,
-    )
+def _shape_of(row: dict) -> str:
+    return f"{row['in_channels']}→{row['out_channels']}@{row['size']} batch {row['batch']}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .candidates import BMM, FACTORED, FORWARD, GROUPED, OURS, STATIC, TRAINING
-from .runner import paired_ratio
+from .runner import Timing, paired_ratio
 from .suite import RIGHT, CaseResult, Entry
 
 RUN_KEYS = [
@@ -61,6 +61,20 @@ RESULT_KEYS = [
 ROW_KEYS = (*RUN_KEYS, *CASE_KEYS, *RESULT_KEYS)
 
 
+def timing_figures(timing: Timing) -> dict:
+    """What a row says of the times of a candidate."""
+    return {
+        "p20_us": timing.quantile(0.2) * 1e6,
+        "p50_us": timing.median * 1e6,
+        "p80_us": timing.quantile(0.8) * 1e6,
+        "wall_p50_us": statistics.median(timing.wall) * 1e6,
+        "rounds": len(timing.wall),
+        "calls_per_block": timing.calls_per_block,
+        "faults_per_call": timing.faults_per_call,
+        "preempted": timing.preempted,
+    }
+
+
 def gflops(result: CaseResult, entry: Entry) -> float:
     """Rate at the operations of the static layer: one product forward, three with the gradients."""
     products = 1 if result.task == FORWARD else 3
@@ -92,32 +106,21 @@ def rows(result: CaseResult, run: dict, consumer: bool = False) -> list[dict]:
             consumer=consumer,
         )
         if entry.timing:
-            timing = entry.timing
-            row.update(
-                p20_us=timing.quantile(0.2) * 1e6,
-                p50_us=timing.median * 1e6,
-                p80_us=timing.quantile(0.8) * 1e6,
-                wall_p50_us=statistics.median(timing.wall) * 1e6,
-                gflops=gflops(result, entry),
-                rounds=len(timing.wall),
-                calls_per_block=timing.calls_per_block,
-                ratio_to_best_static=paired_ratio(timing, static.timing) if static else None,
-                faults_per_call=timing.faults_per_call,
-                preempted=timing.preempted,
-            )
+            row.update(timing_figures(entry.timing), gflops=gflops(result, entry))
+            row["ratio_to_best_static"] = paired_ratio(entry.timing, static.timing) if static else None
         made.append(row)
     return made
 
 
 def save(all_rows: Sequence[dict], folder: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """Write the rows as <name>.jsonl and <name>.csv; return the two paths."""
+    """Write the rows, which all have the same keys, as <name>.jsonl and <name>.csv; return the two paths."""
     folder.mkdir(parents=True, exist_ok=True)
     lines, sheet = folder / f"{name}.jsonl", folder / f"{name}.csv"
     lines.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in all_rows), encoding="utf-8"
     )
     with sheet.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, ROW_KEYS)
+        writer = csv.DictWriter(stream, list(all_rows[0]))
         writer.writeheader()
         writer.writerows(all_rows)
     return [lines, sheet]
@@ -127,15 +130,27 @@ def save(all_rows: Sequence[dict], folder: pathlib.Path, name: str) -> list[path
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A figure to meet: the geometric mean of a paired ratio over all cases, at most or at least `limit`."""
+class Limit:
+    """What a figure is held to; ``kind`` is 'must' or 'aim'."""
 
     kind: str
+    limit: float
+    at_most: bool
+
+    def meets(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.kind} {'≤' if self.at_most else '≥'} {self.limit:.2f}"
+
+
+@dataclass(frozen=True)
+class Bar(Limit):
+    """A figure to meet: the geometric mean of a paired ratio over all cases."""
+
     task: str
     numerator: str
     denominator: str
-    limit: float
-    at_most: bool
     isas: tuple[str, ...]
 
     @property
@@ -143,18 +158,15 @@ class Bar:
         base = "best static" if self.denominator == STATIC else self.denominator
         return f"{self.task}: {self.numerator} ÷ {base}"
 
-    def meets(self, value: float) -> bool:
-        return value <= self.limit if self.at_most else value >= self.limit
-
 
 _WIDE = ("native", "avx512")
 BARS = (
-    Bar("must", FORWARD, OURS, STATIC, 1.10, True, _WIDE),
-    Bar("must", FORWARD, GROUPED, OURS, 1.8, False, _WIDE),
-    Bar("must", FORWARD, BMM, OURS, 1.4, False, _WIDE),
-    Bar("must", FORWARD, FACTORED, OURS, 1.7, False, _WIDE),
-    Bar("aim", TRAINING, FACTORED, OURS, 1.5, False, _WIDE),
-    Bar("aim", FORWARD, OURS, STATIC, 1.2, True, ("avx2",)),
+    Bar("must", 1.10, True, FORWARD, OURS, STATIC, _WIDE),
+    Bar("must", 1.8, False, FORWARD, GROUPED, OURS, _WIDE),
+    Bar("must", 1.4, False, FORWARD, BMM, OURS, _WIDE),
+    Bar("must", 1.7, False, FORWARD, FACTORED, OURS, _WIDE),
+    Bar("aim", 1.5, False, TRAINING, FACTORED, OURS, _WIDE),
+    Bar("aim", 1.2, True, FORWARD, OURS, STATIC, ("avx2",)),
 )
 
 
@@ -174,9 +186,8 @@ def print_bars(console: Console, results: Sequence[CaseResult], isa: str, comple
         if bar.task not in tasks or (isa not in bar.isas and (bar.label in barred or bar.kind == "aim")):
             continue
         values = ratios(results, bar.task, bar.numerator, bar.denominator)
-        sign = "≤" if bar.at_most else "≥"
         applies = isa in bar.isas
-        head = f"{bar.kind} {sign} {bar.limit:.2f}" if applies else "no bar at this instruction set"
+        head = str(bar) if applies else "no bar at this instruction set"
         if not values:
             console.print(f"{bar.label:<46}{head}: not measured")
             all_met &= bar.kind != "must" or not applies

@@ -10,6 +10,7 @@ import sys
 # name on the command line -> module with main(arguments); the first is the default
 SUITES = {
     "pointwise": "benchmarks.pointwise",
+    "accelerated": "benchmarks.accelerated",
     "gpu": "benchmarks.gpu",
     "complexity": "benchmarks.complexity",
 }

@@ -15,6 +15,12 @@ from .runner import Plan, Timing, measure, paired_ratio
 from .verify import Truth, Verdict, check_operands
 
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
+# what a candidate may raise because this machine, its memory or its torch cannot run it
+UNABLE = (RuntimeError, NotImplementedError, ImportError, AttributeError, ValueError, TypeError)
+
+
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 @dataclass
@@ -85,9 +91,8 @@ def check_candidate(
     try:
         call = candidate.build(operands)
         verdict: Verdict = truth.check(call())
-    except (RuntimeError, NotImplementedError, ImportError, AttributeError, ValueError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Entry(candidate, REFUSED, reason), None
+    except UNABLE as error:
+        return Entry(candidate, REFUSED, reason_of(error)), None
     if not verdict.right:
         return Entry(candidate, WRONG, verdict.reason, verdict.error), None
     return Entry(candidate, RIGHT, error=verdict.error), call

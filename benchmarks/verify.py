@@ -53,29 +53,39 @@ class Truth:
         pixels = operands.case.batch * operands.case.size**2
         for name, single in composition(operands, torch.float32, dynamic, task).items():
             size = self.exact[name].norm().item()
-            error = (single.double() - self.exact[name]).norm().item()
+            error = distance(single, self.exact[name])
             share = 4.0 if name in ("output", "input") else max(4.0, pixels**0.5)
             self.limit[name] = 2.0 * error + share * torch.finfo(torch.float32).eps * size
 
     def check(self, result: Result) -> Verdict:
         """Compare a candidate's result with the truth."""
-        found = result if isinstance(result, dict) else {"output": result}
-        if found.keys() != self.exact.keys():
-            return Verdict(False, float("nan"), f"returned {sorted(found)}, expected {sorted(self.exact)}")
-        worst = 0.0
-        for name, exact in self.exact.items():
-            tensor = found[name]
-            if tensor.shape != exact.shape:
-                reason = f"{name} has shape {tuple(tensor.shape)}, expected {tuple(exact.shape)}"
-                return Verdict(False, float("nan"), reason)
-            error = (tensor.detach().double() - exact).norm().item()
-            relative = error / max(exact.norm().item(), torch.finfo(torch.float64).tiny)
-            # written so that a NaN, which compares false with everything, is refused
-            if not error <= self.limit[name]:
-                limit = self.limit[name]
-                return Verdict(False, relative, f"{name} is off by {error:.3e}, the limit is {limit:.3e}")
-            worst = max(worst, relative)
-        return Verdict(True, worst)
+        return compare(result if isinstance(result, dict) else {"output": result}, self.exact, self.limit)
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖found − exact‖ in float64."""
+    return (found.detach().double() - exact).norm().item()
+
+
+def compare(
+    found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], limit: dict[str, float]
+) -> Verdict:
+    """Whether no tensor is farther than its limit from the float64 tensor of the same name."""
+    if found.keys() != exact.keys():
+        return Verdict(False, float("nan"), f"returned {sorted(found)}, expected {sorted(exact)}")
+    worst = 0.0
+    for name, truth in exact.items():
+        tensor = found[name]
+        if tensor.shape != truth.shape:
+            reason = f"{name} has shape {tuple(tensor.shape)}, expected {tuple(truth.shape)}"
+            return Verdict(False, float("nan"), reason)
+        error = distance(tensor, truth)
+        relative = error / max(truth.norm().item(), torch.finfo(torch.float64).tiny)
+        # written so that a NaN, which compares false with everything, is refused
+        if not error <= limit[name]:
+            return Verdict(False, relative, f"{name} is off by {error:.3e}, the limit is {limit[name]:.3e}")
+        worst = max(worst, relative)
+    return Verdict(True, worst)
 
 
 def check_operands(operands: Operands) -> None:

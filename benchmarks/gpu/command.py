@@ -179,6 +179,7 @@ def run(options, work) -> int:
 
     import dcd_kernels as dcd
 
+    from ..suite import reason_of
     from . import candidates, networks, report, timing, unit
 
     began = time.monotonic()
@@ -221,7 +222,7 @@ def run(options, work) -> int:
                 else:
                     made = unit.run(case, task, plan, device, cache, run_keys)
             except torch.OutOfMemoryError as error:
-                print(f"{task}, {case.name}: {unit.reason_of(error)}", flush=True)
+                print(f"{task}, {case.name}: {reason_of(error)}", flush=True)
                 unit.release(device)
                 left.append((task, case))
                 continue

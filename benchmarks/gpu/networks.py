@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..candidates import CHANNELS_LAST, NCHW, OURS, STATIC
-from ..suite import REFUSED, RIGHT, WRONG
+from ..cases import make_images
+from ..suite import REFUSED, RIGHT, UNABLE, WRONG, reason_of
 from .cases import DTYPE
 from .report import NETWORK_INFERENCE, NETWORK_TRAINING
 from .timing import Block, Plan, measure, peak_bytes
-from .unit import UNABLE, _mebibytes, finish, reason_of, release
+from .unit import _mebibytes, finish, release
 
 FORMULATIONS = {
     OURS: {},
@@ -77,10 +78,8 @@ def build(case: NetworkCase, group: str, layout: str, device: torch.device) -> n
 
 
 def images(case: NetworkCase, batch: int, layout: str, device: torch.device, seed: int = 0) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    found = torch.randn(batch, 3, case.size, case.size, generator=generator, device=device)
-    found = found if case.task == NETWORK_TRAINING else found.to(DTYPE)
-    return found.contiguous(memory_format=torch.channels_last) if layout == CHANNELS_LAST else found
+    found = make_images(batch, case.size, layout, device, seed)
+    return found if case.task == NETWORK_TRAINING else found.to(DTYPE)
 
 
 def loss_of(network: nn.Module, input: Tensor, labels: Tensor, autocast: bool) -> Tensor:

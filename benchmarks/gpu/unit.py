@@ -10,18 +10,11 @@ import torch
 
 from ..candidates import FORWARD, OURS, STATIC, TRAINING
 from ..cases import Case
-from ..suite import REFUSED, RIGHT, WRONG
+from ..suite import REFUSED, RIGHT, UNABLE, WRONG, reason_of
 from . import cases
 from .candidates import COMPILED, COPY, Candidate, candidates
 from .timing import Block, Plan, Samples, measure, paired_ratio, peak_bytes
 from .verify import Truth, check
-
-# what a candidate may raise because this machine, its memory or its torch cannot run it
-UNABLE = (RuntimeError, NotImplementedError, ImportError, AttributeError, ValueError, TypeError)
-
-
-def reason_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def run(

@@ -93,7 +93,7 @@ def test_interleaved_times_every_call_equally_often():
 @pytest.mark.skipif(not memory.can_measure(), reason="needs Linux's /proc/self/clear_refs")
 def test_the_peak_is_what_one_call_takes():
     size = 64 * 2**20
-    peak = memory.peak_of_one_pass(lambda: torch.ones(size // 4).sum())
+    peak = memory.peak_of_one_call(lambda: torch.ones(size // 4).sum())
     assert 0.9 * size < peak < 1.3 * size
 
 
