@@ -73,6 +73,11 @@ def current() -> str:
     return _requested
 
 
+def is_observed() -> bool:
+    """Whether some thread looks on, and choices should be made where it can see them."""
+    return _observed > 0
+
+
 def select(
     op: str,
     input: Tensor,

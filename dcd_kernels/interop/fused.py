@@ -10,12 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
+from .. import extension, functional
 from ..backends import branch as kernels
+from ..backends import selection
 from ..nn.branch import GATES, LAM_ACTIVATIONS
 from ..nn.branch import _linear as linear
 from ..nn.branch import _pool as pooled
 from . import layers, norms
+
+if extension.LOADED:
+    from ..ops import layer as ops_layer
+    from ..ops.autograd import is_traced, needs_graph
 
 _CONVOLUTIONS = {3: functional.dcd_conv1d, 4: functional.dcd_conv2d, 5: functional.dcd_conv3d}
 
@@ -63,7 +68,13 @@ def layer(
 
     The branch is computed in float32 or better, whatever the dtype of its layers.
     """
-    lam, phi = _coefficients(input, squeeze, gate_layer, lam_layer, phi_layer, pool, gate, lam_activation)
+    parts = squeeze, gate_layer, lam_layer, phi_layer, pool, gate, lam_activation
+    if extension.LOADED and conv is not None:
+        whole = ops_layer.Layer(conv, p, q, *parts, norm1, norm2, latent_residual)
+        if is_one_call(input, whole):
+            tensors = [place.get(name) for place, name in whole.places()]
+            return ops_layer.released_layer(input, tensors, whole.constants())
+    lam, phi = _coefficients(input, *parts)
     # as wide as λ would be if its layers ran in their own dtype
     lam_dtype = lam_layer.weight.dtype
     if torch.is_autocast_enabled(input.device.type) and lam_dtype != torch.float64:
@@ -93,35 +104,38 @@ def residual(
     linear layers. The static output is ``static``, or ``conv(input)``, or nothing. ``lam_dtype`` is the dtype
     that torch would have had λ in, which decides about that of the sum, by default its own.
     """
-    batch, flat = input.shape[0], input.dim() == 2
-    stride = (1,) if flat else q.stride
-    pixels = input.unsqueeze(2) if flat else input
+    if input.dim() == 2:
+        static = static if conv is None else conv(input)
+        return _of_rows(
+            input, lam, phi.mT if transposed else phi, q, p, norm1, norm2, latent_residual, static
+        )
+    batch, stride = input.shape[0], q.stride
     phi = phi.to(torch.promote_types(phi.dtype, torch.float32))
+    # asked for once: what is parametrised may compute them, and differently each time
+    q_weight, p_weight = q.weight.flatten(1).t(), p.weight.flatten(1)
     moments = None
     if norms.takes_moments(norm1) or norms.takes_moments(norm2):
-        moments = functional.latent_moments(pixels, q.weight.flatten(1).t(), stride=stride)
-    size = tuple((length - 1) // step + 1 for length, step in zip(pixels.shape[2:], stride, strict=True))
-    shape = (batch, q.weight.shape[0], *(() if flat else size))
+        moments = functional.latent_moments(input, q_weight, stride=stride)
+    size = tuple((length - 1) // step + 1 for length, step in zip(input.shape[2:], stride, strict=True))
+    shape = (batch, q_weight.shape[1], *size)
     with _without_autocast(input.device.type):
         if transposed:
             phi = phi.mT
         phi, shift = norms.map_latent(phi, norm1, norm2, latent_residual, moments, q.bias, shape)
-        bias = _expanded(shift, p)
+        bias = _expanded(shift, p_weight, p.bias)
     if lam is not None:
         lam_dtype = lam_dtype or lam.dtype
         lam = lam.reshape(batch, -1)
-    factors = p.weight.flatten(1), phi, q.weight.flatten(1).t()
+    factors = p_weight, phi, q_weight
     if conv is not None:
         if _is_fusable(conv, input, stride):
             output = _convolve(input, conv, factors, lam, bias)
             return _as_summed(output, lam_dtype)
         static = conv(input)
-    if static is not None and flat:
-        static = static.unsqueeze(2)
-    if static is None or (static.dtype != pixels.dtype and not _casts(static)):
+    if static is None or (static.dtype != input.dtype and not _casts(static)):
         # what the residual is added to in another dtype is added as torch would
-        zero = pixels.new_zeros(()).expand(batch, p.weight.shape[0], *size)
-        output = functional.dcd_apply(zero, pixels, *factors, bias=bias, stride=stride)
+        zero = input.new_zeros(()).expand(batch, p_weight.shape[0], *size)
+        output = functional.dcd_apply(zero, input, *factors, bias=bias, stride=stride)
         if static is not None:
             output = output + (static if lam is None else lam.reshape(*lam.shape, *[1] * len(size)) * static)
     else:
@@ -129,9 +143,32 @@ def residual(
             raise RuntimeError(
                 f"the static output has spatial size {tuple(static.shape[2:])}, the dynamic residual {size}"
             )
-        output = functional.dcd_apply(static, pixels, *factors, lam=lam, bias=bias, stride=stride)
+        output = functional.dcd_apply(static, input, *factors, lam=lam, bias=bias, stride=stride)
         output = _as_summed(output, lam_dtype)
-    return output.squeeze(2) if flat else output
+    return output
+
+
+def _of_rows(
+    input: Tensor,
+    lam: Tensor | None,
+    phi: Tensor,
+    q: nn.Linear,
+    p: nn.Linear,
+    norm1: nn.Module | None,
+    norm2: nn.Module | None,
+    latent_residual: bool,
+    static: Tensor | None,
+) -> Tensor:
+    """The residual of a linear layer, input (N, Ci): a row has no pixels to spare a pass over."""
+    latent = q(input)
+    normalised = latent if norm1 is None else norm1(latent)
+    fused = (phi.to(normalised.dtype) @ normalised.unsqueeze(2)).squeeze(2)
+    if norm2 is not None:
+        fused = norm2(fused)
+    output = p(fused + normalised if latent_residual else fused)
+    if static is None:
+        return output
+    return output + (static if lam is None else lam.to(static.dtype).reshape(static.shape) * static)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -147,12 +184,37 @@ def _casts(static: Tensor) -> bool:
     return torch.is_autocast_enabled(static.device.type) and static.dtype != torch.float64
 
 
-def _expanded(shift: Tensor | None, p: nn.Module) -> Tensor | None:
+def _expanded(shift: Tensor | None, p_weight: Tensor, p_bias: Tensor | None) -> Tensor | None:
     """The bias that a shift of the latent is behind P, and P's own."""
     if shift is None:
-        return p.bias
-    weight = p.weight.flatten(1).to(shift.dtype)
-    return F.linear(shift, weight, None if p.bias is None else p.bias.to(shift.dtype))
+        return p_bias
+    return F.linear(shift, p_weight.to(shift.dtype), None if p_bias is None else p_bias.to(shift.dtype))
+
+
+def is_one_call(input: Tensor, layer: ops_layer.Layer) -> bool:
+    """Whether all of a layer is one op: a pointwise one on the CPU of which nobody wants a gradient."""
+    conv, p, q, squeeze, gate_layer, lam_layer, phi_layer, *_, norm1, norm2, _ = layer
+    if (
+        not input.is_cpu
+        or input.dim() < 3
+        or input.numel() == 0
+        or is_traced()
+        or torch.is_autocast_enabled("cpu")
+        or norms.takes_moments(norm1)
+        or norms.takes_moments(norm2)
+        or not _is_fusable(conv, input, q.stride)
+    ):
+        return False
+    modules = conv, p, q, squeeze, gate_layer, lam_layer, phi_layer, norm1, norm2
+    present = [module for module in modules if module is not None]
+    if any("weight" not in module._parameters for module in present):  # parametrised: computed at each access
+        return False
+    tensors = [tensor for module in present for tensor in module._parameters.values() if tensor is not None]
+    if needs_graph(input, *tensors) or any(tensor.dtype is not input.dtype for tensor in tensors):
+        return False
+    if not kernels.can_run(input, squeeze.weight)[0]:
+        return False
+    return selection.select("pointwise", input, conv.weight) == "cpu"
 
 
 def _is_fusable(conv: nn.Module, input: Tensor, stride: tuple[int, ...]) -> bool:
@@ -161,7 +223,7 @@ def _is_fusable(conv: nn.Module, input: Tensor, stride: tuple[int, ...]) -> bool
         layers.is_projection(conv)
         and layers.rank(conv) == input.dim()
         and not layers.is_altered(conv)
-        and (input.dim() == 2 or tuple(conv.stride) == tuple(stride))
+        and tuple(conv.stride) == tuple(stride)
     )
 
 
@@ -169,8 +231,6 @@ def _convolve(input, conv: nn.Module, factors, lam: Tensor | None, bias: Tensor 
     if conv.bias is not None:  # λ scales the static layer's bias with its output
         of_static = conv.bias if lam is None else lam * conv.bias
         bias = of_static if bias is None else bias + of_static
-    if input.dim() == 2:
-        return functional.dcd_linear(input, conv.weight, *factors, lam=lam, bias=bias)
     convolution = _CONVOLUTIONS[input.dim()]
     return convolution(input, conv.weight, *factors, lam=lam, bias=bias, stride=conv.stride)
 

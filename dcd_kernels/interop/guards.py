@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _IDENTITIES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type)
 _MISSING = object()
+_PLAIN = (bool, int, float, str)
 
 Path = tuple[str, ...]
 
@@ -49,24 +50,33 @@ def snapshot(value: object) -> object:
     return type(value), snapshot(vars(value))
 
 
-def structure(module: nn.Module) -> tuple[tuple[str, bool], ...]:
-    """Names of parameters, buffers and children, and which of them are absent."""
-    places = (module._modules, module._parameters, module._buffers)
-    return tuple([(name, value is None) for place in places for name, value in place.items()])
+def structure(module: nn.Module) -> tuple[list[list[str]], list[int]]:
+    """Names of parameters, buffers and children, and how many of each are absent."""
+    own = module.__dict__
+    places = (own["_modules"], own["_parameters"], own["_buffers"])
+    return [[*place] for place in places], [[*place.values()].count(None) if place else 0 for place in places]
 
 
 @dataclass(frozen=True)
 class Guards:
-    """Values by module and attribute, and the structure of the module and its containers."""
+    """Values by module and attribute, and the structure of the module and its containers.
 
+    ``plain`` are numbers, flags and strings in the module itself, the commonest and the quickest to compare.
+    """
+
+    plain: tuple[tuple[str, object], ...]
     values: tuple[tuple[Path, str, object], ...]
-    structures: tuple[tuple[Path, tuple], ...]
+    structures: tuple[tuple[Path, list[list[str]], list[int]], ...]
 
     def change(self, module: nn.Module) -> str | None:
         """What is not any more as it was; None if everything is."""
-        for path, names in self.structures:
-            place = child(module, path)
-            if place is None or structure(place) != names:
+        own = module.__dict__
+        for name, value in self.plain:
+            if own.get(name) != value:
+                return name
+        for path, names, absent in self.structures:
+            place = child(module, path) if path else module
+            if place is None or structure(place) != (names, absent):
                 return f"the children or parameters of {'.'.join(path) or 'the module'}"
         for path, name, value in self.values:
             if snapshot(getattr(child(module, path), name, _MISSING)) != value:
@@ -77,14 +87,18 @@ class Guards:
 def guard(module: nn.Module) -> Guards:
     """The guards of ``module`` as it is now."""
     names = sorted(names_in_code(type(module)))
-    values, structures = [], [((), structure(module))]
-    values += [((), name, snapshot(value)) for name, value in _readable(module, names)]
+    plain, values, structures = [], [], [((), *structure(module))]
+    for name, value in _readable(module, names):
+        if isinstance(value, _PLAIN) and name in vars(module):
+            plain.append((name, value))
+        else:
+            values.append(((), name, snapshot(value)))
     for path, inner in _children(module, ()):
         if isinstance(inner, _CONTAINERS):
-            structures.append((path, structure(inner)))
+            structures.append((path, *structure(inner)))
         else:
             values += [(path, name, snapshot(value)) for name, value in _readable(inner, names)]
-    return Guards(tuple(values), tuple(structures))
+    return Guards(tuple(plain), tuple(values), tuple(structures))
 
 
 def _children(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
@@ -113,18 +127,20 @@ def _places(module: nn.Module) -> tuple[dict, ...]:
 
 
 def names_in_code(cls: type) -> set[str]:
-    """Names and strings in the code of the methods that ``cls`` adds to nn.Module."""
+    """Names and strings in the code of forward, and of the methods and properties that it names."""
     found: set[str] = set()
-    for base in cls.__mro__:
-        if base is nn.Module:
-            break
-        for value in vars(base).values():
-            for part in (
-                value,
-                *(getattr(value, name, None) for name in ("__func__", "__wrapped__", "fget")),
-            ):
-                if isinstance(part, types.FunctionType):
-                    _add_names(part.__code__, found)
+    waiting, seen = ["forward"], set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        value = inspect.getattr_static(cls, name, None)
+        named: set[str] = set()
+        inner = [getattr(value, place, None) for place in ("__func__", "__wrapped__", "fget")]
+        for part in (value, *inner):
+            if isinstance(part, types.FunctionType):
+                _add_names(part.__code__, named)
+        found |= named
+        waiting += [name for name in named - seen if not hasattr(nn.Module, name)]
     return found - {"training"}
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 from torch import nn
 
-_CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # and the rank of what they read
+# All of these are asked at every call of a patched module, hence the look-ups before the loops.
+_RANKS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # of what they read
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (*_BATCH_NORMS, nn.GroupNorm)
+_ONES = ((1,), (1, 1), (1, 1, 1))
+_NO_PADDING = ((0,), (0, 0), (0, 0, 0), "valid")
 
 
 def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -23,9 +27,10 @@ def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def rank(module: nn.Module) -> int | None:
     """Rank of what a static layer reads; None for another module."""
-    if _computes_as(module, nn.Linear):
-        return 2
-    return next((rank for kind, rank in _CONVOLUTIONS.items() if _computes_as(module, kind)), None)
+    known = _RANKS.get(type(module))
+    if known is not None:
+        return known
+    return next((rank for kind, rank in _RANKS.items() if _computes_as(module, kind)), None)
 
 
 def is_static(module: nn.Module) -> bool:
@@ -39,25 +44,21 @@ def is_projection(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Linear):
         return True
-    return (
-        module.groups == 1
-        and all(k == 1 for k in module.kernel_size)
-        and (module.padding == "valid" or all(pad == 0 for pad in module.padding))
-    )
+    return module.groups == 1 and module.kernel_size in _ONES and module.padding in _NO_PADDING
 
 
 def is_expansion(module: nn.Module) -> bool:
     """A projection that leaves no pixel out."""
-    return is_projection(module) and (isinstance(module, nn.Linear) or all(s == 1 for s in module.stride))
+    return is_projection(module) and (isinstance(module, nn.Linear) or module.stride in _ONES)
 
 
 def is_norm(module: nn.Module) -> bool:
     """A norm whose statistics follow from mean and covariance of what it reads."""
-    return is_batch_norm(module) or _computes_as(module, nn.GroupNorm)
+    return type(module) in _NORMS or any(_computes_as(module, kind) for kind in _NORMS)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    return any(_computes_as(module, kind) for kind in _BATCH_NORMS)
+    return type(module) in _BATCH_NORMS or any(_computes_as(module, kind) for kind in _BATCH_NORMS)
 
 
 def is_identity(module: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from . import fused, layers
+from .. import extension
+from . import fused, layers, shortcut
 from .branch import Branch
 from .guards import Guards, Path, child, guard
 from .match import Match
@@ -30,7 +31,8 @@ class Recipe:
     ``own`` is the class's forward. ``programs`` are two a mode: one that also makes λ and Φ in one call, if
     the branch is a known one, and one that leaves the branch as it is written. ``replaced`` are the modules
     that neither calls, and what each has to be for that; ``opened`` the containers that are not called;
-    ``steps`` the modules of the branch with class and attributes, by mode.
+    ``steps`` the modules of the branch with class and attributes, by mode. ``only`` is set where forward in
+    inference is a single residual with a known branch and nothing besides.
     """
 
     own: Program
@@ -41,6 +43,7 @@ class Recipe:
     replaced: tuple[tuple[Path, Callable[[nn.Module], bool]], ...]
     opened: tuple[Path, ...]
     steps: dict[bool, tuple[tuple[Path, type, dict[str, object]], ...]]
+    only: tuple[Match, Branch] | None
     summary: str
 
     @staticmethod
@@ -75,6 +78,7 @@ class Recipe:
             tuple((tuple(name.split(".")), fits) for name, fits in replaced.items()),
             tuple(tuple(name.split(".")) for name in first.opened),
             steps,
+            _only(first, found[False]),
             "; ".join(map(_summary, found[False])),
         )
 
@@ -111,6 +115,44 @@ class Recipe:
         return False
 
 
+def _only(trace: Trace, found: Found) -> tuple[Match, Branch] | None:
+    """The residual and its branch, if they are all of the forward that was traced."""
+    if len(found) != 1 or found[0][1] is None:
+        return None
+    residual = found[0][0]
+    inputs = [node for node in trace.graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in trace.graph.nodes if node.op == "output")
+    whole = output.args[0] is residual.output and inputs == [residual.input] and residual.conv is not None
+    return found[0] if whole else None
+
+
+def _shortcut(module: nn.Module, recipe: Recipe, input: Tensor) -> shortcut.Shortcut | None:
+    """For the next calls like this one, if it was a single op."""
+    guards = recipe.guards
+    if not extension.LOADED or recipe.only is None or guards.values:
+        return None
+    residual, branch = recipe.only
+
+    def part(name: str | None) -> nn.Module | None:
+        return None if name is None else module.get_submodule(name)
+
+    layer = shortcut.Layer(
+        *map(part, (residual.conv, residual.p, residual.q)),
+        *map(part, (branch.squeeze, branch.gate_layer, branch.lam, branch.phi)),
+        *(branch.pool, branch.gate, branch.lam_activation),
+        *map(part, (residual.norm1, residual.norm2)),
+        residual.latent_residual,
+    )
+    if not fused.is_one_call(input, layer):
+        return None
+    steps = [
+        (child(module, path), name, value)
+        for path, _, attributes in recipe.steps[False]
+        for name, value in attributes.items()
+    ]
+    return shortcut.Shortcut(module, input, guards.plain, steps, layer)
+
+
 def recipe_of(module: nn.Module) -> Recipe | None:
     """The recipe by which ``module`` is patched."""
     function = getattr(vars(module).get("forward"), "__func__", None)
@@ -124,12 +166,21 @@ def install(module: nn.Module, recipe: Recipe) -> None:
     # Pickles under this name: a method is looked up in the class when it is loaded, which gives the class's
     # own forward, also where this package is not installed.
     def forward(self, *args, **kwargs):
+        short = None if torch.compiler.is_compiling() else shortcut.find(self)
+        if short is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            output = short(args[0])
+            if output is not None:
+                return output
         plain = len(args) <= arguments and all(isinstance(arg, Tensor) for arg in (*args, *kwargs.values()))
         if not plain or (defaults and kwargs.keys() & defaults.keys()) or recipe.objection(self) is not None:
             return own(self, *args, **kwargs)
         whole, residual = programs[self.training]
         if whole is None or recipe.keeps_branch(self):
             return residual(self, *args, **kwargs)
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and len(args) == 1:
+            short = _shortcut(self, recipe, args[0])
+            if short is not None:
+                shortcut.keep(self, short)
         return whole(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(own)  # torch.export goes by the names of the arguments
@@ -139,6 +190,7 @@ def install(module: nn.Module, recipe: Recipe) -> None:
 
 def remove(module: nn.Module) -> None:
     """Takes the patch off ``module``, if there is one."""
+    shortcut.forget(module)
     if recipe_of(module) is not None:
         del module.forward
 

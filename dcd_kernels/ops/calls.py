@@ -13,6 +13,7 @@ _NAMES = (
     "latent_map",
     "channel_sums",
     "branch",
+    "released_layer",
 )
 
 
