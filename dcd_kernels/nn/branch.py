@@ -284,7 +284,7 @@ class DynamicBranch(nn.Module):
         if self.dropout and self.training:
             return False, "dropout in training"
         if not (_is_plain(squeeze) and _is_plain(gate) and _is_plain(expand)):
-            return False, "an FC has hooks or is another class than nn.Linear"
+            return False, "an FC has hooks, a forward of its own or another class than nn.Linear"
         if gate is None:
             return kernels.can_run(input, _weight(squeeze), _weight(expand))
         return kernels.can_run(input, _weight(squeeze), _weight(expand), _weight(gate))

@@ -176,14 +176,19 @@ def backward(ctx, d_lam, d_phi):
     if d_lam is None and d_phi is None:
         return (None,) * 13
     sums, *parameters, lam = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[1:]
-    needs = int(wanted[0]) | sum(1 << i for i in range(1, _RETURNS) if wanted[1 + i])
+    wanted = ctx.needs_input_grad  # of the keyset and of branch's arguments, of which the second is the scale
+    needs = 1 if wanted[1] else 0
+    for i in range(_W1, _RETURNS):
+        if wanted[2 + i]:
+            needs |= 1 << i
     args = (d_lam, d_phi, lam, sums, ctx.scale, *parameters, ctx.gate, ctx.lam_activation, needs)
     has_kernel = sums.is_cpu and not torch.is_grad_enabled()
     found = _op(*args) if has_kernel else _composition(*args)
-    d_sums, *others = (found[i] if needs >> i & 1 else None for i in range(_RETURNS))
+    d_sums, *others = [found[i] if needs >> i & 1 else None for i in range(_RETURNS)]
     if d_sums is not None:  # one gradient for all tiles
-        d_sums = d_sums.unsqueeze(1).expand(sums.shape)
+        d_sums = d_sums.unsqueeze(1)
+        if sums.shape[1] > 1:
+            d_sums = d_sums.expand(sums.shape)
     return d_sums, None, *others, None, None, None
 
 

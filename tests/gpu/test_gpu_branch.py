@@ -9,7 +9,7 @@ import pytest
 import test_ops_branch as on_cpu
 import torch
 import torch.nn.functional as F
-from on_device import ON_GPU, seeded
+from on_device import seeded
 from torch import Tensor
 
 import dcd_kernels as dcd
@@ -132,10 +132,11 @@ def check(tensors, gate, lam_activation, lam_channels, device, aligned=True):
             torch.testing.assert_close(mine.cpu().double(), right, rtol=0, atol=2e-5 * size)
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["one FC", "two FCs"])
 @pytest.mark.parametrize(("gate", "lam_activation"), on_cpu.EVERY)
-def test_formula(gate, lam_activation, device):
+def test_formula(gate, lam_activation, split, device):
     torch.manual_seed(0)
-    check(on_cpu.operands(gate), gate, lam_activation, 4, device)
+    check(on_cpu.operands(gate, split=split), gate, lam_activation, 4, device)
 
 
 BRANCHES = [
@@ -160,7 +161,8 @@ BRANCHES = [
 def test_sizes(sizes, weights, aligned, device):
     torch.manual_seed(0)
     for gate in ("relu", "se"):
-        tensors = on_cpu.operands(gate, weights=weights, sizes=sizes, bias=aligned)
+        split = gate == "se" and sizes[4] > 0 and sizes[5] > 0
+        tensors = on_cpu.operands(gate, weights=weights, sizes=sizes, bias=aligned, split=split)
         tensors = [t if t is None or t.dim() < 2 else t / t.shape[-1] ** 0.5 for t in tensors]
         tensors[0] = tensors[0] * sizes[2]
         check(tensors, gate, "hardsigmoid2", sizes[4], device, aligned)
@@ -201,7 +203,7 @@ def test_branch_and_gradients(gate, dtype, layout, device):
     branch = branch.to(device)
     x = torch.randn(6, 64, 28, 28, generator=seeded(1)).to(device, dtype).contiguous(memory_format=layout)
     x.requires_grad_()
-    assert branch.runs_fused(x)[0] == ON_GPU, branch.runs_fused(x)[1]
+    assert branch.runs_fused(x)[0], branch.runs_fused(x)[1]
     mine = coefficients_and_gradients(branch, x)
     with dcd.use_backend("reference"):
         assert not branch.runs_fused(x)[0]
@@ -271,7 +273,10 @@ def test_compiled_whole(device):
 
 def test_opcheck(device):
     torch.manual_seed(0)
-    tensors = [t.detach().to(device).requires_grad_() for t in on_cpu.operands("se")]
+    tensors = [
+        None if t is None else t.detach().to(device).requires_grad_()
+        for t in on_cpu.operands("se", split=True)
+    ]
     codes = ops.GATES.index("se"), ops.LAM_ACTIVATIONS.index("sigmoid2")
     torch.library.opcheck(torch.ops.dcd_kernels.branch.default, (tensors[0], 0.5, *tensors[1:], 4, *codes))
     image = torch.randn(2, 5, 30, 30, generator=seeded(0)).to(device).requires_grad_()

@@ -16,7 +16,6 @@ from operands import LAYOUTS, Case, in_float64, operands, plain
 
 import dcd_kernels as dcd
 from dcd_kernels import ops
-from dcd_kernels.backends import branch as branch_backend
 from dcd_kernels.checks import ACTIVATIONS
 from dcd_kernels.nn import DynamicBranch
 
@@ -168,10 +167,8 @@ def test_branch(name, layout, precision, device):
         leaves = [image, *module.parameters()]
         return [*(t.detach() for t in outputs), *torch.autograd.grad(loss, leaves)]
 
-    if ON_GPU:
-        layers = [m for m in (branch.squeeze, branch.gate, branch.expand) if m is not None]
-        able, reason = branch_backend.can_run(input, *(m.weight for m in layers))
-        assert able, reason
+    able, reason = branch.runs_fused(input)
+    assert able, reason
     got = results(branch, input)
     with dcd.use_backend("reference"):
         same = results(branch, input)

@@ -265,10 +265,55 @@ def test_reasons_of_the_branch(monkeypatch):
     dropping = DynamicBranch(6, 3, None, dropout=0.5)
     assert "dropout" in dropping.runs_fused(x)[1]
     assert dropping.eval().runs_fused(x)[0]
-    hooked = DynamicBranch(6, 3, None)
-    handle = hooked.squeeze.register_forward_hook(lambda *_: None)
-    assert "hooks" in hooked.runs_fused(x)[1]
-    handle.remove()
-    assert hooked.runs_fused(x)[0]
-    hooked.expand = nn.Sequential(hooked.expand)
-    assert "another class" in hooked.runs_fused(x)[1]
+    altered = DynamicBranch(6, 3, None, gate="se")
+    for layer in (altered.squeeze, altered.gate, altered.expand):
+        for hook in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+            handle = getattr(layer, f"register_{hook}_hook")(lambda *_: None)
+            assert "hooks" in altered.runs_fused(x)[1]
+            handle.remove()
+            assert altered.runs_fused(x)[0]
+        layer.forward = lambda input: input
+        assert "forward of its own" in altered.runs_fused(x)[1]
+        del layer.forward
+    altered.expand = nn.Sequential(altered.expand)
+    assert "another class" in altered.runs_fused(x)[1]
+
+
+def test_parameters_that_are_not_registered():
+    """As wrappers leave them that shard a model or make replicas of it: plain attributes."""
+    torch.manual_seed(0)
+    branch = strong(DynamicBranch(6, 3, (2, 2), gate="se", bias=True))
+    x = torch.randn(2, 6, 4, 4)
+    wanted = coefficients(branch, x)
+    for layer in (branch.squeeze, branch.gate, branch.expand):
+        for name in ("weight", "bias"):
+            value = getattr(layer, name).detach()
+            delattr(layer, name)
+            setattr(layer, name, value)
+    assert branch.runs_fused(x)[0]
+    for got, right in zip(coefficients(branch, x), wanted, strict=True):
+        assert torch.equal(got, right)
+
+
+def test_reasons_on_the_cpu():
+    branch, x = DynamicBranch(6, 3, (2, 2)), torch.zeros(2, 6, 4, 4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert branch.runs_fused(x.to(dtype)) == (True, "a CPU tensor of a supported dtype")
+    assert "input is torch.int32" in branch.runs_fused(x.int())[1]
+    assert "size 0" in branch.runs_fused(x[..., :0])[1]
+    assert branch.runs_fused(x[:0])[0]
+    assert "input is on meta, these kernels run on the CPU and on CUDA" in branch.runs_fused(x.to("meta"))[1]
+    assert "input is on cpu, the branch on meta" in branch.to("meta").runs_fused(x)[1]
+    branch = DynamicBranch(6, 3, (2, 2))
+    for name, able in (("reference", False), ("triton", False), ("cuda", False), ("cpu", True)):
+        with use_backend(name):
+            assert branch.runs_fused(x)[0] == able
+    with use_backend("reference"):
+        assert branch.runs_fused(x)[1] == "backend 'reference' was asked for"
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(extension, "LOADED", False)
+    monkeypatch.setattr(extension, "REASON", "it was not built")
+    branch, x = DynamicBranch(6, 3, (2, 2)), torch.zeros(2, 6, 4, 4)
+    assert branch.runs_fused(x) == (False, "it was not built") and branch(x)[0].shape == (2, 3)

@@ -76,6 +76,78 @@ static void behind_gate(const typename S::Scalar* before, const typename S::Scal
     }
 }
 
+// Columns [j, j + VECTORS) of c = A B, for ROWS rows of A.
+template <class S, int ROWS, int VECTORS>
+static void wide_panel(const Block<typename S::Scalar>& s, int64_t j) {
+    using T = typename S::Scalar;
+    using V = typename S::Vec;
+    V sum[ROWS][VECTORS];
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; ++v)
+            sum[r][v] = s.init ? S::load(s.init + r * s.init_row + j + v * S::kLanes) : S::zero();
+    const T* a = s.a;
+    const T* b = s.b + j;
+    for (int64_t i = 0; i < s.k; ++i, a += s.a_k, b += s.b_k) {
+        V x[ROWS];
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) x[r] = S::set1(a[r * s.a_row]);
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; ++v) {
+            const V y = S::load(b + v * S::kLanes);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; ++r) sum[r][v] = S::fma(x[r], y, sum[r][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; ++v) {
+            const V y = s.scale ? S::mul(sum[r][v], S::set1(s.scale[r])) : sum[r][v];
+            S::store(s.c + r * s.c_row + j + v * S::kLanes, y);
+        }
+}
+
+template <class S, int ROWS, int VECTORS>
+static int64_t wide_panels(const Block<typename S::Scalar>& s, int64_t j, int64_t lanes) {
+    for (; j + VECTORS * S::kLanes <= lanes; j += VECTORS * S::kLanes) wide_panel<S, ROWS, VECTORS>(s, j);
+    if constexpr (VECTORS > 4) return wide_panels<S, ROWS, VECTORS / 2>(s, j, lanes);
+    return j;
+}
+
+// The first columns of c = A B, as many as fill panels.
+template <class S, int ROWS>
+static int64_t wide_panels(const Block<typename S::Scalar>& s, int64_t lanes) {
+    constexpr int kWide = S::kRegisters == 32 ? 16 : 8;
+    return wide_panels<S, ROWS, ROWS == 1 ? kWide : ROWS <= 3 ? kWide / 2 : 4>(s, 0, lanes);
+}
+
+// c = A B as multiply(), for the few rows of a task. B is read once, from far away, and its rows are long: in
+// panels so wide that the next lines of a row are on their way while the first are multiplied.
+template <class S>
+static void multiply_few(const Block<typename S::Scalar>& s, int64_t rows, int64_t lanes) {
+    int64_t done = 0;
+    switch (rows) {
+        case 1:
+            done = wide_panels<S, 1>(s, lanes);
+            break;
+        case 2:
+            done = wide_panels<S, 2>(s, lanes);
+            break;
+        case 3:
+            done = wide_panels<S, 3>(s, lanes);
+            break;
+        default:
+            if constexpr (S::kRegisters == 32) {
+                if (rows == 4) done = wide_panels<S, 4>(s, lanes);
+                if (rows == 5) done = wide_panels<S, 5>(s, lanes);
+                if (rows == 6) done = wide_panels<S, 6>(s, lanes);
+            }
+    }
+    if (done < lanes) multiply<S>(s.at(0, done), rows, lanes - done);
+}
+
 // out[r, :] = a[r] b for rows of `columns` numbers
 template <class S>
 static void outer_of_one(const typename S::Scalar* a, int64_t rows, const typename S::Scalar* b,
@@ -165,19 +237,22 @@ static void branch_grad(const BranchGradParams<typename S::Scalar>& s, const Run
         const int64_t n0 = task * samples, count = least(samples, f.batch - n0), h0 = n0 * f.hidden;
         const fc::Hidden<S> hidden(all, f, n0);
         hidden.compute(f, n0, count);
-        Block<T> block;
+        Block<T> from_lam, from_phi;
+        from_lam.c = from_phi.c = d_before + h0, from_lam.c_row = from_phi.c_row = f.hidden;
         if (s.d_lam) {
             const int64_t l0 = n0 * f.lam_channels;
             fc::behind_lam(s.d_lam + l0, s.lam + l0, count * f.lam_channels, f.lam_code, d_logits + l0);
-            block.a = d_logits + l0, block.a_row = f.lam_channels, block.a_k = 1;
-            block.b = f.lam_weight, block.b_k = f.hidden, block.k = f.lam_channels;
+            from_lam.a = d_logits + l0, from_lam.a_row = f.lam_channels, from_lam.a_k = 1;
+            from_lam.b = f.lam_weight, from_lam.b_k = f.hidden, from_lam.k = f.lam_channels;
+            fc::multiply_few<S>(from_lam, count, f.hidden);
+            from_phi.init = from_phi.c, from_phi.init_row = f.hidden;
         }
+        from_phi.b = f.phi_weight, from_phi.b_k = f.hidden;
         if (s.d_phi) {
-            block.a2 = s.d_phi + n0 * f.others, block.a2_row = f.others, block.a2_k = 1;
-            block.b2 = f.phi_weight, block.b2_k = f.hidden, block.k2 = f.others;
+            from_phi.a = s.d_phi + n0 * f.others, from_phi.a_row = f.others, from_phi.a_k = 1;
+            from_phi.k = f.others;
         }
-        block.c = d_before + h0, block.c_row = f.hidden;
-        multiply<S>(block, count, f.hidden);
+        if (s.d_phi || !s.d_lam) fc::multiply_few<S>(from_phi, count, f.hidden);
         fc::behind_gate<S>(hidden.before, hidden.logits, count * f.hidden, f.gate_code, d_before + h0,
                            d_gate_logits + h0);
         if (se) {
@@ -195,7 +270,7 @@ static void branch_grad(const BranchGradParams<typename S::Scalar>& s, const Run
             back.b = f.squeeze, back.b_k = f.inputs, back.k = f.hidden;
             back.scale = scale;
             back.c = s.d_sums + n0 * f.inputs, back.c_row = f.inputs;
-            multiply<S>(back, count, f.inputs);
+            fc::multiply_few<S>(back, count, f.inputs);
         }
     });
 
