@@ -17,6 +17,7 @@ TASKS = {"training": (8,), "eval": (1, 8)}  # and the batch sizes
 QUICK_TASKS = {"training": (8,), "eval": (1,)}
 SECONDS = {"training": 36.0, "eval": 12.0}
 QUICK_SECONDS = {"training": 5.0, "eval": 3.0}
+SMALLEST_SIZE = 64
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,8 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     tasks = options.task or list(TASKS)
     if "training" in tasks and 1 in options.batch:
         made.error("--batch: training needs at least 2, the classifier's norms have one value an image")
-    if options.size < 32 or options.classes < 1:
-        made.error(f"--size must be at least 32 and --classes 1, got {options.size} and {options.classes}")
+    if options.size < SMALLEST_SIZE or options.classes < 1:
+        made.error(
+            f"--size must be at least {SMALLEST_SIZE}, below which the last maps are single pixels, and "
+            f"--classes at least 1, got {options.size} and {options.classes}"
+        )
     cores = session.enter("accelerated", given, made, options)
     return run(options, cores)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The networks that are measured, and the calls: a training step, or inference.
 
-All candidates of a network have the same static weights, random ones: what is timed does not depend on them.
+Weights are random, and the static twin's are its own: what is timed does not depend on them.
 """
 
 from __future__ import annotations
