@@ -81,7 +81,7 @@ class Latent {
             block.c = z;
             multiply_channel_rows<S>(block, latent_, count, nullptr, 0, memory);
         } else if (by_dots(in_channels_, latent_, true)) {
-            dot<S>(q_t_, in_channels_, latent_, x, input_.pixel, count, in_channels_, false, z, count);
+            dot<S, true>(q_t_, in_channels_, latent_, x, input_.pixel, count, in_channels_, false, z, count);
             if (shift) add_to_rows(shift, count, z);
         } else {
             for (int64_t i = 0; i < count; i += kPanel) {
