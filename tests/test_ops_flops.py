@@ -134,6 +134,15 @@ def test_depthwise_and_its_gradients():
 def test_moments_and_branch():
     x, q = torch.randn(N, CI, 7), torch.randn(CI, L)
     assert flops(lambda: OPS.latent_moments(x, q)) == {OPS.latent_moments: 2 * N * 7 * (18 + 9)}
+    grads = torch.randn(N, L), torch.randn(N, L, L)
+    backward = OPS.latent_moments_backward
+    for needs, given, madds_a_pixel in (
+        (0b11, grads, 27 + 36),
+        (0b10, grads, 27 + 18),
+        (0b01, (grads[0], None), 18),
+    ):
+        counts = flops(lambda needs=needs, given=given: backward(x, q, grads[0], *given, needs))
+        assert counts == {backward: 2 * N * 7 * madds_a_pixel}
     sums = torch.randn(N, 1, CI)
     squeeze, gate, expand = torch.randn(4, CI), torch.randn(4, 4), torch.randn(CO + 9, 4)
     codes = CO, 5, 1

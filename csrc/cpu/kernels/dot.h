@@ -7,7 +7,8 @@
 
 namespace dcd::DCD_ISA {
 
-template <class S, int ROWS, int COLUMNS>
+// FETCH: the rows of b that the next tile reads are fetched on the way.
+template <class S, int ROWS, int COLUMNS, bool FETCH>
 static void dot_tile(const typename S::Scalar* a, int64_t a_row, const typename S::Scalar* b, int64_t b_row,
                      int64_t k, bool accumulate, typename S::Scalar* c, int64_t c_row) {
     using T = typename S::Scalar;
@@ -18,20 +19,22 @@ static void dot_tile(const typename S::Scalar* a, int64_t a_row, const typename 
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; ++j) sum[r][j] = S::zero();
-    const auto step = [&](auto load) {
+    const auto step = [&](auto load, auto fetch) {
         V x[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) x[r] = load(a + r * a_row);
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; ++j) {
             const V y = load(b + j * b_row);
+            if (FETCH) fetch(b + (j + COLUMNS) * b_row);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) sum[r][j] = S::fma(x[r], y, sum[r][j]);
         }
     };
     int64_t i = 0;
-    for (; i + W <= k; i += W) step([i](const T* p) { return S::load(p + i); });
-    if (i < k) step([i, k](const T* p) { return S::load_first(p + i, static_cast<int>(k - i)); });
+    const auto fetch = [&i](const T* p) { S::prefetch(p + i); };
+    for (; i + W <= k; i += W) step([i](const T* p) { return S::load(p + i); }, fetch);
+    if (i < k) step([i, k](const T* p) { return S::load_first(p + i, static_cast<int>(k - i)); }, fetch);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
         T* out = c + r * c_row;
@@ -49,21 +52,22 @@ static void dot_tile(const typename S::Scalar* a, int64_t a_row, const typename 
     }
 }
 
-template <class S, int ROWS>
+template <class S, int ROWS, bool FETCH>
 static void dot_rows(const typename S::Scalar* a, int64_t a_row, const typename S::Scalar* b, int64_t b_row,
                      int64_t columns, int64_t k, bool accumulate, typename S::Scalar* c, int64_t c_row) {
     int64_t j = 0;
     if constexpr (ROWS == 1)  // four sums alone would wait for each other
         for (; j + 8 <= columns; j += 8)
-            dot_tile<S, ROWS, 8>(a, a_row, b + j * b_row, b_row, k, accumulate, c + j, c_row);
+            dot_tile<S, ROWS, 8, FETCH>(a, a_row, b + j * b_row, b_row, k, accumulate, c + j, c_row);
     for (; j + 4 <= columns; j += 4)
-        dot_tile<S, ROWS, 4>(a, a_row, b + j * b_row, b_row, k, accumulate, c + j, c_row);
+        dot_tile<S, ROWS, 4, FETCH>(a, a_row, b + j * b_row, b_row, k, accumulate, c + j, c_row);
     for (; j < columns; ++j)
-        dot_tile<S, ROWS, 1>(a, a_row, b + j * b_row, b_row, k, accumulate, c + j, c_row);
+        dot_tile<S, ROWS, 1, FETCH>(a, a_row, b + j * b_row, b_row, k, accumulate, c + j, c_row);
 }
 
-// c [rows, columns]; a [rows, k], b [columns, k] with unit stride along k.
-template <class S>
+// c [rows, columns]; a [rows, k], b [columns, k] with unit stride along k. FETCH where b comes from memory,
+// one row behind the other: sums over lanes keep the processor from running ahead of them.
+template <class S, bool FETCH = false>
 static void dot(const typename S::Scalar* a, int64_t a_row, int64_t rows, const typename S::Scalar* b,
                 int64_t b_row, int64_t columns, int64_t k, bool accumulate, typename S::Scalar* c,
                 int64_t c_row) {
@@ -86,14 +90,15 @@ static void dot(const typename S::Scalar* a, int64_t a_row, int64_t rows, const 
                     r += taken;
                 };
                 const int64_t left = rows - r;
+                const bool fetch = FETCH && r == 0;  // the rows behind find them there
                 if (left >= kRows)
-                    run(dot_rows<S, kRows>, kRows);
+                    run(fetch ? dot_rows<S, kRows, FETCH> : dot_rows<S, kRows, false>, kRows);
                 else if (left >= 4 && kRows >= 4)
-                    run(dot_rows<S, 4>, 4);
+                    run(fetch ? dot_rows<S, 4, FETCH> : dot_rows<S, 4, false>, 4);
                 else if (left >= 2)
-                    run(dot_rows<S, 2>, 2);
+                    run(fetch ? dot_rows<S, 2, FETCH> : dot_rows<S, 2, false>, 2);
                 else
-                    run(dot_rows<S, 1>, 1);
+                    run(fetch ? dot_rows<S, 1, FETCH> : dot_rows<S, 1, false>, 1);
             }
         }
     }

@@ -81,7 +81,7 @@ class Latent {
             block.c = z;
             multiply_channel_rows<S>(block, latent_, count, nullptr, 0, memory);
         } else if (by_dots(in_channels_, latent_, true)) {
-            dot<S>(q_t_, in_channels_, latent_, x, input_.pixel, count, in_channels_, false, z, count);
+            dot<S, true>(q_t_, in_channels_, latent_, x, input_.pixel, count, in_channels_, false, z, count);
             if (shift) add_to_rows(shift, count, z);
         } else {
             for (int64_t i = 0; i < count; i += kPanel) {
@@ -147,13 +147,15 @@ class Latent {
     const T *q_, *q_t_;
 };
 
-// Mean and scatter of one set of pixels, which grows. Of the scatter the lower triangle, until finish().
+// Mean and scatter of a set of pixels that grows; of the scatter the lower triangle, until finish().
 template <class S>
 class RunningMoments {
   public:
     using T = typename S::Scalar;
 
-    RunningMoments(int64_t latent, T* mean, T* scatter) : latent_(latent), mean_(mean), scatter_(scatter) {}
+    // `seen`: how many pixels mean and scatter are of already.
+    RunningMoments(int64_t latent, T* mean, T* scatter, int64_t seen)
+        : latent_(latent), mean_(mean), scatter_(scatter), seen_(seen) {}
 
     static int64_t scratch_size(const Latent<S>& latent, int64_t channels, int64_t count) {
         return Pieces<T>::rounded(channels * count) + 2 * Pieces<T>::rounded(channels) +
@@ -186,13 +188,14 @@ class RunningMoments {
         });
     }
 
-    // The moments of other pixels; sums is overwritten.
-    void merge(int64_t count, const T* mean, const T* scatter, T* sums) {
-        for (int64_t i = 0; i < latent_; ++i) sums[i] = T(count) * (mean[i] - mean_[i]);
+    // Those of other pixels, behind some; sums is overwritten.
+    void merge(const RunningMoments& other, T* sums) {
+        for (int64_t i = 0; i < latent_; ++i) sums[i] = T(other.seen_) * (other.mean_[i] - mean_[i]);
         for (int64_t i = 0; i < latent_; ++i)
             for (int64_t j = 0; j <= i; ++j)
-                scatter_[i * latent_ + j] += scatter[i * latent_ + j] + sums[i] * (mean[j] - mean_[j]);
-        grow(count, sums);
+                scatter_[i * latent_ + j] +=
+                    other.scatter_[i * latent_ + j] + sums[i] * (other.mean_[j] - mean_[j]);
+        grow(other.seen_, sums);
     }
 
     void finish() {
@@ -215,7 +218,7 @@ class RunningMoments {
 
     const int64_t latent_;
     T *mean_, *scatter_;
-    int64_t seen_ = 0;
+    int64_t seen_;
 };
 
 // Pixels of a tile: as many latents as stay in L1, and in whole panels.
@@ -231,36 +234,35 @@ static void moments(const MomentsParams<typename S::Scalar>& s, const Runtime& r
     const bool channels_last = s.channels_last && s.pixels > 1;
     const bool dots = Latent<S>::by_dots(s.in_channels, s.latent, channels_last);
     const Tiling tiling(s.batch, s.pixels, moments_tile<S>(s.latent), Thin<S>::kPixels);
-    const int64_t l = s.latent, square = l * l, kept = tiling.parts > 1 ? tiling.pieces() : 0;
+    const int64_t l = s.latent, square = l * l;
+    // The parts of a sample behind its first one, until they are merged.
+    const int64_t others = s.batch * (tiling.parts - 1);
     Pieces<T> shared(
         static_cast<T*>(scratch((Pieces<T>::rounded(dots ? l * s.in_channels : 0) +
-                                 Pieces<T>::rounded(kept * (l + square)) + Pieces<T>::rounded(l) + 1) *
+                                 Pieces<T>::rounded(others * (l + square)) + Pieces<T>::rounded(l) + 1) *
                                     sizeof(T),
                                 Scratch::kShared)));
     T* q_t = shared.take(dots ? l * s.in_channels : 0);
-    T* partial = shared.take(kept * (l + square));
+    T* other = shared.take(others * (l + square));
     T* spare = shared.take(l);
     if (dots) transpose<S>(s.q, l, s.in_channels, l, q_t, s.in_channels);
     const Latent<S> latent(s.input, s.in_channels, l, channels_last, s.q, q_t);
+    const auto moments_of = [&](int64_t n, int64_t part, int64_t seen) {
+        T* rest = other + (n * (tiling.parts - 1) + part - 1) * (l + square);
+        return RunningMoments<S>(l, part ? rest : s.mean + n * l, part ? rest + l : s.covariance + n * square,
+                                 seen);
+    };
     const int64_t size = RunningMoments<S>::scratch_size(latent, l, tiling.largest());
-    const auto partial_of = [&](int64_t piece) { return partial + piece * (l + square); };
     parallel(runtime, tiling.pieces(), [&](int64_t piece) {
-        const int64_t n = piece / tiling.parts;
+        const int64_t n = piece / tiling.parts, part = piece % tiling.parts;
         T* memory = static_cast<T*>(scratch(size * sizeof(T)));
-        T* mean = kept ? partial_of(piece) : s.mean + n * l;
-        RunningMoments<S> moments(l, mean, kept ? mean + l : s.covariance + n * square);
-        moments.add_part(latent, tiling, n, piece % tiling.parts, memory);
-        if (!kept) moments.finish();
+        moments_of(n, part, 0).add_part(latent, tiling, n, part, memory);
     });
-    for (int64_t n = 0; n < (kept ? s.batch : 0); ++n) {
-        RunningMoments<S> moments(l, s.mean + n * l, s.covariance + n * square);
-        for (int64_t i = 0; i < l; ++i) s.mean[n * l + i] = 0;
-        for (int64_t i = 0; i < square; ++i) s.covariance[n * square + i] = 0;
-        for (int64_t part = 0; part < tiling.parts; ++part) {
-            const T* mean = partial_of(n * tiling.parts + part);
-            moments.merge(tiling.begin(part + 1) - tiling.begin(part), mean, mean + l, spare);
-        }
-        moments.finish();
+    for (int64_t n = 0; n < s.batch; ++n) {
+        RunningMoments<S> whole = moments_of(n, 0, tiling.begin(1));
+        for (int64_t part = 1; part < tiling.parts; ++part)
+            whole.merge(moments_of(n, part, tiling.begin(part + 1) - tiling.begin(part)), spare);
+        whole.finish();
     }
 }
 

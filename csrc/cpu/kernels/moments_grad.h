@@ -129,8 +129,8 @@ class MomentsGradient {
         }
     }
 
-    // Few pixels: the sum over lanes that ends a dot product costs as much as 48 of them, idle lanes cost
-    // theirs.
+    // Few pixels: the sum over lanes that ends a dot product costs as much as three vectors of them, lanes that
+    // no latent fills cost their share.
     bool small(int64_t count) const {
         const int64_t l = s_.latent;
         return count * ((l + W - 1) / W) * W < l * (count + 3 * W);
@@ -140,26 +140,26 @@ class MomentsGradient {
         const int64_t l = s_.latent, ci = s_.in_channels;
         Block<T> block;
         block.k = l;
-        T* d_x = s_.d_input.data + n * s_.d_input.sample + p0 * s_.d_input.pixel;
+        block.c = s_.d_input.data + n * s_.d_input.sample + p0 * s_.d_input.pixel;
         if (channels_last_) {
             block.a = d_z, block.a_row = 1, block.a_k = count;
             block.b = q_t_, block.b_k = ci;
-            block.c = d_x, block.c_row = s_.d_input.pixel;
+            block.c_row = s_.d_input.pixel;
             multiply<S>(block, count, ci);
             return;
         }
         block.a = s_.q, block.a_row = l, block.a_k = 1;
         block.b = d_z, block.b_k = count;
-        block.c = d_x, block.c_row = s_.d_input.channel;
-        // A few channels at a time, so that each row is written from end to end; its next lines are fetched
-        // ahead, for the rows are too many for the hardware to follow.
+        block.c_row = s_.d_input.channel;
+        // A few rows at a time, so that each is written from end to end; they are too far apart for the
+        // hardware to fetch ahead.
         constexpr int64_t kRows = Shape<S>::kRows, kPanel = Shape<S>::kLanes;
         for (int64_t c = 0; c < ci; c += kRows) {
             const int64_t rows = least(kRows, ci - c);
             for (int64_t p = 0; p < count; p += kPanel) {
                 for (int64_t r = 0; r < rows; ++r)
                     for (int64_t i = 0; i < kPanel; i += W)
-                        S::prefetch(d_x + (c + r) * block.c_row + p + 2 * kPanel + i);
+                        S::prefetch(block.c + (c + r) * block.c_row + p + 2 * kPanel + i);
                 multiply<S>(block.at(c, p), rows, least(kPanel, count - p));
             }
         }
