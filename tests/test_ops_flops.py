@@ -7,11 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dcd_kernels as dcd
 from dcd_kernels import extension, madds
+from dcd_kernels.latent_map import BATCH, RUNNING, Norm
 
 pytestmark = pytest.mark.skipif(not extension.LOADED, reason=extension.REASON)
 
 N, CI, CO, L, LK = 2, 6, 10, 3, 4
 OPS = torch.ops.dcd_kernels
+
+if extension.LOADED:
+    from dcd_kernels import ops
 
 
 def flops(call):
@@ -172,6 +176,26 @@ def test_gradients_of_the_branch():
     assert flops(lambda: run(sums, squeeze, gate, joined, None))[OPS.branch_backward] == wanted
     wanted = 2 * N * (24 + 16 + 24 + 16 + 19 * 4)
     assert flops(lambda: run(sums, *frozen))[OPS.branch_backward] == wanted
+
+
+def test_latent_map():
+    phi, mean, covariance = torch.randn(N, L, L), torch.randn(N, L), torch.eye(L).repeat(N, 1, 1)
+    given = tuple(t.requires_grad_() for t in (phi, mean, covariance))
+
+    def counts(norm1, norm2, moments=given[1:]):
+        return flops(
+            lambda: ops.latent_map.latent_map(phi, *moments, norm1, norm2, None, True)[0].sum().backward()
+        )
+
+    batch, running = Norm(BATCH), Norm(RUNNING, running_mean=torch.zeros(L), running_var=torch.ones(L))
+    without = {OPS.latent_map: 2 * N * 9, OPS.latent_map_backward: 2 * N * 3 * 9}
+    assert counts(running, running, (None, None)) == without
+    assert counts(batch, running) == without
+    first = 9 + 27  # Φ mean and Φ covariance
+    assert counts(running, batch) == {
+        OPS.latent_map: 2 * N * (9 + first),
+        OPS.latent_map_backward: 2 * N * (3 * 9 + first + 2 * 9 + 27),
+    }
 
 
 def test_a_module_is_counted_without_data():

@@ -28,10 +28,10 @@ _NONE = Norm()
 
 def takes_moments(norm: nn.Module | None) -> bool:
     """Whether ``norm`` normalises by the statistics of what it reads, now."""
-    if norm is None:
-        return False
-    if not layers.is_batch_norm(norm):
-        return True
+    return norm is not None and (not layers.is_batch_norm(norm) or _takes_batch(norm))
+
+
+def _takes_batch(norm: nn.Module) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
@@ -57,11 +57,8 @@ def map_latent(
     flat = shape if len(shape) == 2 else (*shape[:2], math.prod(shape[2:]))
     second, track2 = _described(norm2, flat)
     mean, covariance = (None, None) if moments is None else moments
-    if _is_compiled(phi, mean):
-        mapped, shift, packed = op.latent_map(phi, mean, covariance, first, second, latent_bias, residual)
-        statistics = packed.unbind(0)
-    else:
-        mapped, shift, statistics = latent_map(phi, mean, covariance, first, second, latent_bias, residual)
+    compute = op.latent_map if _is_compiled(phi, mean) else latent_map
+    mapped, shift, statistics = compute(phi, mean, covariance, first, second, latent_bias, residual)
     if track1 is not None or track2 is not None:
         rows = iter(statistics)
         for norm, described, track in ((norm1, first, track1), (norm2, second, track2)):
@@ -96,7 +93,7 @@ def _described(norm: nn.Module | None, shape: Sequence[int]) -> tuple[Norm, _Tra
         groups = norm.num_groups
         _require_values([shape[0] * shape[1] // groups, groups, *shape[2:]])
         return Norm(GROUPS, groups, norm.eps, norm.weight, norm.bias), None
-    if not takes_moments(norm):
+    if not _takes_batch(norm):
         return Norm(RUNNING, 0, norm.eps, norm.weight, norm.bias, norm.running_mean, norm.running_var), None
     return Norm(BATCH, 0, norm.eps, norm.weight, norm.bias), _counted(norm, shape)
 

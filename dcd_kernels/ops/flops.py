@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import madds
+from ..latent_map import BATCH, GROUPS
 
 _ops = torch.ops.dcd_kernels
 
@@ -98,6 +99,29 @@ def latent_moments_backward(input, q, mean, grad_mean, grad_covariance, needs, *
     recomputed = 0 if grad_covariance is None else q[0] * q[1] + q[1] ** 2
     products = (needs & 1) + (needs >> 1 & 1)
     return 2 * input[0] * _pixels(input) * (recomputed + products * q[0] * q[1])
+
+
+@register_flop_formula(_ops.latent_map)
+def latent_map(phi, mean, covariance, norm1, *others, out_shape=None) -> int:
+    """Φ and the shift; Φ and the moments of what it multiplies, where the second norm takes statistics."""
+    return 2 * phi[0] * (phi[1] ** 2 + _through_moments(phi[1], others))
+
+
+@register_flop_formula(_ops.latent_map_backward)
+def latent_map_backward(
+    grad_mapped, grad_shift, phi, mean, covariance, norm1, *others, out_shape=None
+) -> int:
+    """The sums over Φ' that a scale, a shift and a second scale get; and back through the moments."""
+    latent, needs = phi[1], others[-1]
+    products = 3 * latent**2 + _through_moments(latent, others)
+    if _through_moments(latent, others):
+        products += 2 * latent**2 + (latent**3 if needs & 4 else 0)
+    return 2 * phi[0] * products
+
+
+def _through_moments(latent: int, others) -> int:
+    """Multiply-adds of Φ mean and diag(Φ covariance Φᵀ); ``others`` are the arguments behind norm1."""
+    return latent**2 + latent**3 if others[6] in (BATCH, GROUPS) else 0
 
 
 @register_flop_formula(_ops.branch)
