@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A module and its accelerated copy, run side by side: outputs, gradients and buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import dcd_kernels as dcd
+
+
+def accelerated(module: nn.Module, taken: int | None = 1) -> nn.Module:
+    """An accelerated copy. ``taken``: how many modules must have been patched (None: whatever it is).
+
+    Equality of what was left alone would prove nothing.
+    """
+    model = dcd.accelerate(copy.deepcopy(module))
+    if taken is not None:
+        report = dcd.report(model)
+        assert len(report.taken) == taken, f"{len(report.taken)} taken, not {taken}\n{report}"
+    return model
+
+
+def leaves(inputs, layout=None) -> list[Tensor]:
+    """Fresh leaves with the values of the inputs; 'channels_last' where there are two spatial dimensions."""
+    fresh = []
+    for x in inputs:
+        x = x.detach().clone()
+        if layout == "channels_last" and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        fresh.append(x.requires_grad_())
+    return fresh
+
+
+def cotangent(output: Tensor, seed: int) -> Tensor:
+    """A gradient for this output; the same values, of few digits, whatever the dtype."""
+    generator = torch.Generator().manual_seed(seed + 99)
+    return torch.randn(output.shape, generator=generator, dtype=torch.bfloat16).to(output.dtype)
+
+
+def as_tuple(outputs) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def run(module, inputs, *, seed: int = 0, layout=None, context=None, backward: bool = True, call=None):
+    """name -> tensor: outputs, gradients of inputs and of parameters, buffers after the call.
+
+    ``context``: a context manager around the forward pass. ``call``: what to call instead of the module, when
+    that is wrapped. Gradients that are None are absent. Ends with the module's gradients put back to None.
+    """
+    mine = leaves(inputs, layout)
+    module.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)  # dropout
+    with context or contextlib.nullcontext():
+        outputs = as_tuple((call or module)(*mine))
+    results = {f"output {i}": y.detach().clone() for i, y in enumerate(outputs)}
+    if backward:
+        torch.autograd.backward(outputs, [cotangent(y, seed) for y in outputs])
+        results |= {f"input {i}.grad": x.grad for i, x in enumerate(mine) if x.grad is not None}
+        results |= {f"{n}.grad": p.grad for n, p in module.named_parameters() if p.grad is not None}
+        module.zero_grad(set_to_none=True)
+    return results | {name: b.detach().clone() for name, b in module.named_buffers()}
+
+
+def assert_equal(mine: dict[str, Tensor], right: dict[str, Tensor], relative: float = 1e-10) -> None:
+    """The same names, dtypes and shapes; in every entry within ``relative`` of the tensor's largest value."""
+    assert sorted(mine) == sorted(right)
+    for name, truth in right.items():
+        got = mine[name]
+        assert (got.shape, got.dtype) == (truth.shape, truth.dtype), f"{name}: {got.shape}, {got.dtype}"
+        if not truth.dtype.is_floating_point:
+            assert torch.equal(got, truth), f"{name}: {got}, not {truth}"
+        elif truth.numel():
+            assert bool(truth.isfinite().all()), f"{name}: the original is not finite"
+            error = (got - truth).abs().max().item()
+            scale = max(truth.abs().max().item(), 0.1)  # 0.1: gradients that are zero but for rounding
+            assert error <= relative * scale, f"{name}: error {error:.3g}, largest value {scale:.3g}"
+
+
+def assert_twins(module, inputs, taken: int | None = 1, **options) -> None:
+    """The accelerated copy gives what the module gives, in the mode that the module is in."""
+    twin = accelerated(module, taken)
+    assert_equal(run(twin, inputs, **options), run(copy.deepcopy(module), inputs, **options))
