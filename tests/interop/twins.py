@@ -7,6 +7,7 @@ import contextlib
 import copy
 
 import torch
+from cases import assert_close_to_truth
 from torch import Tensor, nn
 
 import dcd_kernels as dcd
@@ -84,3 +85,43 @@ def assert_twins(module, inputs, taken: int | None = 1, **options) -> None:
     """The accelerated copy gives what the module gives, in the mode that the module is in."""
     twin = accelerated(module, taken)
     assert_equal(run(twin, inputs, **options), run(copy.deepcopy(module), inputs, **options))
+
+
+def assert_as_accurate(module, draws, *, context=None, eps: float | None = None, **options) -> None:
+    """DESIGN section 6: error against the float64 module at most twice the module's own, plus 4 eps·‖y‖.
+
+    ``draws``: lists of inputs; each tensor's error is taken over all of them together, so that a few numbers
+    that happen to round well do not decide. ``context`` makes the context manager around the low-precision
+    forward pass.
+    """
+    twin, truth = accelerated(module), copy.deepcopy(module).double()
+    mine, plain, right = ({} for _ in range(3))
+    for seed, inputs in enumerate(draws):
+        for model, results in ((twin, mine), (module, plain)):
+            values = run(model, inputs, seed=seed, context=context and context(), **options)
+            for name, tensor in values.items():
+                results.setdefault(name, []).append(tensor.flatten())
+        values = run(truth, [x.double() for x in inputs], seed=seed, backward=options.get("backward", True))
+        for name, tensor in values.items():
+            right.setdefault(name, []).append(tensor.flatten())
+    assert sorted(mine) == sorted(plain) == sorted(right)
+    for name in right:
+        got, same, exact = (torch.cat(results[name]) for results in (mine, plain, right))
+        if not got.dtype.is_floating_point:
+            assert torch.equal(got, same), name
+            continue
+        floor = _noise(name, exact, right) * (eps or torch.finfo(got.dtype).eps)
+        if floor:
+            error, allowed = (got.double() - exact).norm(), 2 * (same.double() - exact).norm() + 4 * floor
+            assert error <= allowed, f"{name}: zero but for rounding, {error:.3g}, allowed {allowed:.3g}"
+        else:
+            assert_close_to_truth(got, same, exact, name, eps=eps)
+
+
+def _noise(name: str, exact: Tensor, right: dict[str, list[Tensor]]) -> float:
+    """The size of the terms that cancel in a bias's gradient ahead of BatchNorm, where it is zero; else 0."""
+    weight = name.replace("bias.grad", "weight.grad")
+    if not name.endswith("bias.grad") or weight not in right:
+        return 0.0
+    terms = torch.cat(right[weight]).norm().item()
+    return terms if exact.norm().item() < 1e-9 * terms else 0.0
