@@ -10,7 +10,7 @@ import zoo
 import zoo_variants as wild
 from families import draw, inputs, make, randomise
 from torch import nn
-from twins import accelerated, assert_as_accurate, assert_equal, cotangent, run
+from twins import accelerated, assert_as_accurate, assert_equal, assert_same_outcome, cotangent, outcome, run
 from zoo_variants import Plain, batch_norms, norms
 
 import dcd_kernels as dcd
@@ -188,23 +188,7 @@ def test_one_value_per_channel(name, training, frozen):
     if frozen:
         found[0 if frozen == "first" else -1].eval()
     twin = accelerated(module)
-    assert_same_outcome(twin, module, draw(shape, batch=1))
-
-
-def assert_same_outcome(twin, module, drawn):
-    """Equal results, or errors of the same type and text; equal buffers either way."""
-    outcomes = []
-    for model in (twin, module):
-        try:
-            outcomes.append(run(model, drawn))
-        except Exception as error:
-            outcomes.append(error)
-    mine, right = outcomes
-    if isinstance(right, Exception):
-        assert type(mine) is type(right) and str(mine) == str(right)
-    else:
-        assert not isinstance(mine, Exception), mine
-        assert_equal(mine, right)
+    assert_same_outcome(*(outcome(model, draw(shape, batch=1)) for model in (twin, module)))
     assert_equal(dict(twin.named_buffers()), dict(module.named_buffers()))
 
 

@@ -56,7 +56,7 @@ def run(module, inputs, *, seed: int = 0, layout=None, context=None, backward: b
     module.zero_grad(set_to_none=True)
     torch.manual_seed(seed)  # dropout
     with context or contextlib.nullcontext():
-        outputs = as_tuple((call or module)(*mine))
+        outputs = as_tuple((module if call is None else call)(*mine))
     results = {f"output {i}": y.detach().clone() for i, y in enumerate(outputs)}
     if backward:
         torch.autograd.backward(outputs, [cotangent(y, seed) for y in outputs])
@@ -85,6 +85,23 @@ def assert_twins(module, inputs, taken: int | None = 1, **options) -> None:
     """The accelerated copy gives what the module gives, in the mode that the module is in."""
     twin = accelerated(module, taken)
     assert_equal(run(twin, inputs, **options), run(copy.deepcopy(module), inputs, **options))
+
+
+def outcome(*arguments, **options):
+    """What ``run`` returns, or the error it raises."""
+    try:
+        return run(*arguments, **options)
+    except Exception as error:
+        return error
+
+
+def assert_same_outcome(mine, right, relative: float = 1e-10) -> None:
+    """Equal results, or errors of the same type and text."""
+    if isinstance(right, Exception):
+        assert type(mine) is type(right) and str(mine) == str(right)
+    else:
+        assert not isinstance(mine, Exception), repr(mine)
+        assert_equal(mine, right, relative)
 
 
 def assert_as_accurate(module, draws, *, context=None, eps: float | None = None, **options) -> None:
