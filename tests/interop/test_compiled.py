@@ -26,9 +26,9 @@ full = functools.partial(pytest.param, marks=pytest.mark.full)
 COMPILED = [
     ("conv_dy 3×3", True),
     ("DYModule expand", True),
-    ("Guided", True),
     ("conv_basic_dy stride 2", False),
-    ("GroupNorm", False),
+    ("Guided", False),
+    full("GroupNorm", False),
     full("conv_dy squeeze of 0", True),
     full("conv_basic_dy stride 2", True),
     full("DYCls", True),
@@ -95,9 +95,15 @@ def test_compiled_modules_see_what_changes():
     assert_equal(run(twin, drawn, call=compiled), run(module, drawn))
 
 
-@pytest.mark.parametrize(
-    "name", ["conv_dy 3×3", "conv_basic_dy", "DYModule expand", "DYCls", "Branch", "GroupNorm", "3-D"]
-)
+EXPORTED = [
+    "conv_dy 3×3",
+    "DYModule expand",
+    "Branch",
+    *map(full, ("conv_basic_dy", "DYCls", "GroupNorm", "3-D")),
+]
+
+
+@pytest.mark.parametrize("name", EXPORTED)
 def test_export(name):
     """With a dynamic batch, in eval; the program survives saving."""
     module = make(name).eval()
@@ -134,6 +140,7 @@ def test_export_with_arguments_by_name(how):
     )
 
 
+@pytest.mark.full
 def test_export_a_network():
     network = randomise(zoo.Network()).double().eval()
     twin = accelerated(network, taken=5)
@@ -156,7 +163,7 @@ def test_jit_trace():
 
 @MODES
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["conv_dy 3×3", "DYModule expand", "Strip, no dropout", "GroupNorm"])
+@pytest.mark.parametrize("name", ["conv_dy 3×3", "DYModule expand", "GroupNorm"])
 def test_checkpoint(name, reentrant, training):
     """The second forward updates the statistics a second time, as it does in the original."""
     module, drawn = make(name).train(training), inputs(name)

@@ -81,12 +81,6 @@ def assert_equal(mine: dict[str, Tensor], right: dict[str, Tensor], relative: fl
             assert error <= relative * scale, f"{name}: error {error:.3g}, largest value {scale:.3g}"
 
 
-def assert_twins(module, inputs, taken: int | None = 1, **options) -> None:
-    """The accelerated copy gives what the module gives, in the mode that the module is in."""
-    twin = accelerated(module, taken)
-    assert_equal(run(twin, inputs, **options), run(copy.deepcopy(module), inputs, **options))
-
-
 def outcome(*arguments, **options):
     """What ``run`` returns, or the error it raises."""
     try:
