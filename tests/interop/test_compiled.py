@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import zoo
-from families import draw, inputs, make, randomise
+from families import RELATIVE, draw, inputs, make, randomise
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -51,7 +51,7 @@ def test_compile(name, training):
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for batch, seed in ((4, 0), (3, 1)):
         drawn = inputs(name, batch=batch, seed=seed)
-        assert_equal(run(twin, drawn, call=compiled), run(module, drawn))
+        assert_equal(run(twin, drawn, call=compiled), run(module, drawn), RELATIVE.get(name, 1e-10))
 
 
 def test_compile_without_gradients():
