@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from zoo_variants import Plain, norms
 
 _bn = nn.BatchNorm1d
+_large_eps = functools.partial(nn.BatchNorm2d, eps=0.2)
 _group = functools.partial(nn.GroupNorm, 2)
+_no_affine = functools.partial(nn.GroupNorm, 3, affine=False)
 _bn2 = nn.BatchNorm2d
 
 
@@ -41,6 +43,8 @@ VARIANTS = {
     "Branch": (lambda: wild.Branch(8, 12), (8, 5, 7)),
     "Branch stride 2": (lambda: wild.Branch(8, 12, 5, stride=2), (8, 5, 7)),
     "Masked": (lambda: wild.Masked(8, 12), (8, 5, 5)),
+    "Unflattened": (lambda: wild.Unflattened(8, 12), (8, 5, 6)),
+    "Bare": (lambda: wild.Bare(8, 12), (8, 5, 6)),
     "Masked 1×1": (lambda: wild.Masked(8, 12, kernel_size=1), (8, 5, 5)),
     # strides, padding, dilation, groups, biases
     "1×1": (_plain(12, 16), (12, 5, 6)),
@@ -78,6 +82,8 @@ VARIANTS = {
     # norms on the latent
     "GroupNorm": (_plain(12, 8, 6, 3, padding=1, norm="group"), (12, 5, 6)),
     "GroupNorm 1×1": (_plain(12, 8, 8, norm="group", bias=True), (12, 5, 6)),
+    "GroupNorm, affine False": (_plain(12, 8, 6, norm=norms(_no_affine, _no_affine)), (12, 5, 6)),
+    "an eps for each": (_plain(12, 8, norm=norms(_large_eps, _bn)), (12, 5, 6)),
     "no norms": (_plain(12, 8, norm=None), (12, 5, 6)),
     "no norms, no skip": (_plain(12, 8, 5, 3, padding=1, norm=None, skip=False), (12, 5, 6)),
     "no skip": (_plain(12, 8, skip=False), (12, 5, 6)),

@@ -279,6 +279,51 @@ class OtherSpatialShape(Half):
 # ------------------------------------------------------------------------------- another projection
 
 
+class Functional(Half):
+    """F.conv2d on the weights of the layers."""
+
+    def forward(self, x):
+        phi, lam = self.coefficients(x)
+        z = self.bn1(F.conv2d(x, self.q.weight, self.q.bias)).flatten(2)
+        z = self.mix(phi, z).view(len(x), L, *x.shape[2:])
+        return self.conv(x) * lam + F.conv2d(z, self.p.weight, self.p.bias)
+
+
+class ChannelsLast(Half):
+    """Q and P as Linear on the last dimension."""
+
+    def build(self):
+        self.q, self.p, self.bn1 = nn.Linear(CI, L), nn.Linear(L, CO), nn.BatchNorm1d(L)
+        self.q.out_channels = L
+
+    def latent(self, x):
+        return self.bn1(self.q(x.permute(0, 2, 3, 1).flatten(1, 2)).transpose(1, 2))
+
+    def expand(self, z, x):
+        return self.p(z.transpose(1, 2)).transpose(1, 2).reshape(len(x), CO, *x.shape[2:])
+
+
+class ManyGroups(Half):
+    """Φ as the weight of a convolution with a group a sample."""
+
+    def mix(self, phi, z):
+        n, latent, pixels = z.shape
+        mixed = F.conv1d(z.reshape(1, n * latent, pixels), phi.reshape(n * latent, latent, 1), groups=n)
+        return self.bn2(mixed.view(n, latent, pixels)) + z
+
+
+class Fused(Half):
+    """The residual inside the product."""
+
+    def mix(self, phi, z):
+        return torch.baddbmm(z, phi, z)
+
+
+class FusedScaled(Half):
+    def mix(self, phi, z):
+        return torch.baddbmm(z, phi, z, beta=0.5, alpha=2)
+
+
 class GroupedP(Half):
     def build(self):
         self.p = nn.Conv2d(L, CO, 1, groups=2)

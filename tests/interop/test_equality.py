@@ -168,6 +168,16 @@ def test_trained_statistics_in_half_precision(dtype):
 
 
 @MODES
+@pytest.mark.parametrize("name", ["conv_dy 3×3", "DYModule expand", "Trace"])
+def test_norms_in_float32_of_a_module_in_bfloat16(name, training):
+    """As many keep them; gradients in the dtype of each parameter."""
+    module = make(name, torch.bfloat16).train(training)
+    module.bn1.float()
+    module.bn2.float()
+    assert_as_accurate(module, [inputs(name, dtype=torch.bfloat16, seed=s) for s in range(4)])
+
+
+@MODES
 def test_network(training):
     """All five dynamic layers of a network, seen from its input to its output."""
     module = randomise(zoo.Network()).double().train(training)

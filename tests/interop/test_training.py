@@ -119,6 +119,13 @@ def test_norms_that_train_in_a_module_that_does_not():
     assert_same_training(module, [draw((10, 5, 4), seed=s) for s in range(3)])
 
 
+def test_norms_without_a_counter():
+    """num_batches_tracked is None in modules of old checkpoints."""
+    module = plain(10, 8, 4).train()
+    module.norm1.num_batches_tracked = module.norm2.num_batches_tracked = None
+    assert_same_training(module, [draw((10, 5, 4), seed=s) for s in range(3)])
+
+
 def test_frozen_after_accelerate():
     module = plain(10, 8, 4).train()
     twin = accelerated(module)

@@ -66,10 +66,22 @@ def by_data(name):
     return change
 
 
+def transposed(name):
+    """Not contiguous."""
+
+    def change(module):
+        path, _, attribute = name.rpartition(".")
+        shape = module.get_parameter(name).shape
+        values = torch.randn(shape[::-1], dtype=torch.float64).permute(*range(len(shape))[::-1])
+        setattr(module.get_submodule(path), attribute, nn.Parameter(values))
+
+    return change
+
+
 PARAMETERS = [name for name, _ in zoo.ConvDY(16, 12).named_parameters()]
 
 
-@pytest.mark.parametrize("how", [edited, replaced, by_data])
+@pytest.mark.parametrize("how", [edited, replaced, by_data, transposed])
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters(name, how):
     assert_follows(how(name))
@@ -237,6 +249,11 @@ class TwiceNorm(nn.BatchNorm2d):
         return 2 * super().forward(input)
 
 
+class Doubled(nn.Sequential):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
 CHILDREN = {
     "q with a bias": ("q", lambda: nn.Conv2d(CI, L, 1)),
     "q in a Sequential": ("q", lambda: nn.Sequential(nn.Conv2d(CI, L, 1), nn.Tanh())),
@@ -259,6 +276,7 @@ CHILDREN = {
     "bn2 SyncBatchNorm": ("bn2", lambda: nn.SyncBatchNorm(L)),
     "fc longer": ("fc", lambda: nn.Sequential(nn.Linear(CI, 2), nn.Linear(2, 1), nn.Tanh())),
     "fc shorter": ("fc", lambda: nn.Sequential(nn.Linear(CI, 1))),
+    "fc of a subclass": ("fc", lambda: Doubled(nn.Linear(CI, 1), zoo.Gate(1))),
     "fc a module": ("fc", lambda: nn.Linear(CI, 1)),
     "fc.1 another gate": ("fc.1", nn.Sigmoid),
     "fc_phi deeper": ("fc_phi", lambda: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, L * L))),

@@ -298,6 +298,44 @@ class Masked(nn.Module):
         return torch.addcmul(self.p(z), self.conv(x), lam[:, :, None, None])
 
 
+class Unflattened(nn.Module):
+    """einsum on the map as it is, BatchNorm2d on both sides, nothing flattened; the latent comes first."""
+
+    def __init__(self, in_channels, out_channels, latent=4):
+        super().__init__()
+        self.reduce = nn.Conv2d(in_channels, latent, 1, bias=False)
+        self.restore = nn.Conv2d(latent, out_channels, 1)
+        self.before, self.after = nn.BatchNorm2d(latent), nn.BatchNorm2d(latent)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.mixing, self.scaling = nn.Linear(in_channels, latent**2), nn.Linear(in_channels, out_channels)
+
+    def forward(self, x):
+        y = F.avg_pool2d(x, x.shape[-2:]).flatten(1)
+        mixture = self.mixing(y).unflatten(-1, (-1, self.reduce.out_channels))
+        z = self.before(self.reduce(x))
+        z = self.after(torch.einsum("bchw,bkc->bkhw", z, mixture)) + z
+        return self.restore(z) + torch.einsum("bchw,bc->bchw", self.conv(x), self.scaling(y).sigmoid())
+
+
+class Bare(nn.Module):
+    """No norm, no skip, no λ: x through the convolution, plus P Φ Q x."""
+
+    def __init__(self, in_channels, out_channels, latent=4):
+        super().__init__()
+        self.main = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.q = nn.Conv2d(in_channels, latent, 1, bias=False)
+        self.p = nn.Conv2d(latent, out_channels, 1, bias=False)
+        self.dynamic = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, latent**2), nn.Softmax(-1)
+        )
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        phi = self.dynamic(x).view(n, -1, self.q.out_channels)
+        z = torch.bmm(phi, self.q(x).view(n, -1, h * w)).view(n, -1, h, w)
+        return self.main(x) + self.p(z)
+
+
 class Softmax(nn.Module):
     """A λ that is a function of the whole vector, with a temperature of its own."""
 
