@@ -147,6 +147,24 @@ def test_parametrised(name):
     assert_follows(change)
 
 
+@pytest.mark.parametrize("name", ["conv", "q", "p", "fc_phi", "bn1"])
+def test_a_weight_is_read_once_a_call(name):
+    """A parametrisation may be costly, draw random numbers, or count."""
+    reads = []
+
+    class Counting(nn.Module):
+        def forward(self, weight):
+            reads.append(name)
+            return weight.clone()
+
+    for training in (True, False):
+        model = accelerated(released().train(training))
+        parametrize.register_parametrization(model.get_submodule(name), "weight", Counting())
+        reads.clear()
+        model(*draw((CI, 5, 6)))
+        assert len(reads) == 1
+
+
 @pytest.mark.parametrize("name", ["conv", "q", "p"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_spectral_norm(name, when):
