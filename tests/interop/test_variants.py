@@ -408,13 +408,18 @@ class Tempered(Plain):
         self.register_parameter("shift", None)
         self.drop = None
         self.function = torch.tanh
+        self.constant = torch.tensor(2.0)
+
+    @property
+    def schedule(self):
+        return self.config.temperature + 1
 
     def forward(self, x):
         n = x.shape[0]
         context = self.gate(self.squeeze(self.summary(x).flatten(1)))
         logits = self.to_mixture(context) / self.temperature / self.options["temperature"]
         logits = logits / self.config.temperature / self.ranges[1] / self.scale_of_phi + self.threshold
-        logits = self.function(logits)
+        logits = self.function(logits) * self.constant * self.schedule
         if self.shift is not None:
             logits = logits + self.shift
         if self.drop is not None:
@@ -436,6 +441,8 @@ CHANGES = {
     "an object's attribute": lambda m: setattr(m.config, "temperature", 0.5),
     "another object": lambda m: setattr(m, "config", types.SimpleNamespace(temperature=0.5)),
     "a list's entry": lambda m: m.ranges.__setitem__(1, 0.5),
+    "a tensor's value": lambda m: m.constant.fill_(0.5),
+    "another tensor": lambda m: setattr(m, "constant", torch.tensor(0.5)),
     "a buffer": lambda m: m.scale_of_phi.fill_(0.5),
     "another buffer": lambda m: setattr(m, "scale_of_phi", torch.tensor(0.5)),
     "a parameter where there was none": lambda m: setattr(m, "shift", nn.Parameter(torch.ones(1).double())),
