@@ -272,10 +272,8 @@ class _Unpacked:
         return getattr(self._ctx, name)
 
 
-def make_function(op, setup_context, backward_formula, records=False) -> type[torch.autograd.Function]:
+def make_function(op, setup_context, backward_formula) -> type[torch.autograd.Function]:
     """The autograd.Function of `op`: apply(keyset, *args), keyset None outside of the dispatcher.
-
-    `records`: the formula itself calls autograd, which therefore has to be there.
 
     torch.library.register_autograd makes a similar one. This one also works below torch.func.grad,
     which enters its level in the dispatcher, and can be applied without the dispatcher's detour.
@@ -314,7 +312,7 @@ def make_function(op, setup_context, backward_formula, records=False) -> type[to
 
         @staticmethod
         def backward(ctx, *grads):
-            if records or torch.is_grad_enabled() or is_traced():
+            if torch.is_grad_enabled() or is_traced():
                 return (None, *backward_formula(ctx, *grads))
             unpacked = _Unpacked(ctx, ctx.saved_tensors)
             # Spares each op of the formula its way through the Python autograd kernel.
@@ -347,11 +345,9 @@ def register_composition(library: torch.library.Library, op, composition) -> Non
     library.impl(op, composition, "CUDA")
 
 
-def register_op(
-    library: torch.library.Library, op, formula, records: bool = False
-) -> type[torch.autograd.Function]:
+def register_op(library: torch.library.Library, op, formula) -> type[torch.autograd.Function]:
     """Registers (setup_context, backward) as the gradient of an op; returns its autograd.Function."""
-    function = make_function(op, *formula, records)
+    function = make_function(op, *formula)
     library.impl(op, _make_kernel(op, function), "Autograd", with_keyset=True)
     return function
 

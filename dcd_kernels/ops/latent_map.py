@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The op latent_map: norms on the latent as an affine map of it, on the CPU in one call each way.
 
-Its first gradients are an op of their own; the gradient of that one is the composition's, which can be
-differentiated again. There is no autocast rule: results have the dtype of phi in every region.
+Its gradients are an op of their own; where they are to be differentiated again, they are the composition's.
+There is no autocast rule: results have the dtype of phi in every region.
 """
 
 import contextlib
@@ -93,66 +93,42 @@ def _backward(ctx, grad_mapped, grad_shift, _):
     return tuple(gradients)
 
 
-def _second_setup(ctx, args, outputs):
-    ctx.set_materialize_grads(False)
-    *inputs, ctx.needs = args
-    ctx.save_for_backward(*inputs[:2], *_tensors(inputs[2:]))
-    ctx.others = _others(inputs[2:])
-
-
-def _second_backward(ctx, *directions):
-    records = torch.is_grad_enabled()
-    needed = ctx.needs_input_grad[1:]
-    total: list[Tensor | None] = [None] * len(needed)
-    with torch.enable_grad(), _without_autocast(ctx.saved_tensors[2].device.type):
-        # Views of the arguments are what is differentiated by: the result has the arguments' history, but no
-        # path to one of them leads through the history of another.
-        grad_mapped, grad_shift, *tensors = (None if t is None else t.view_as(t) for t in ctx.saved_tensors)
-        args = (grad_mapped, grad_shift, *_joined(tensors, ctx.others))
-        wanted = [place for place, need in enumerate(needed) if need]
-        pairs = [
-            (first, along)
-            for first, along in zip(_first_gradients(args, ctx.needs), directions, strict=True)
-            if first is not None and along is not None and first.requires_grad
+def _backward_composition(*args) -> tuple[Tensor, ...]:
+    """What latent_map_backward computes, by differentiating the composition, with a graph behind it."""
+    *inputs, needs = args
+    # Views of the arguments are what is differentiated by: the result has the arguments' history, but no
+    # path to one of them leads through the history of another.
+    grad_mapped, grad_shift, *inputs = (t.view_as(t) if isinstance(t, Tensor) else t for t in inputs)
+    sought = [place for bit, place in enumerate(_PLACES) if needs >> bit & 1 and inputs[place] is not None]
+    for place in sought:
+        if not inputs[place].requires_grad:
+            inputs[place] = inputs[place].detach().requires_grad_()
+    gradients = dict.fromkeys(sought)
+    with torch.enable_grad(), _without_autocast(inputs[0].device.type):
+        norm1, norm2 = Norm(*inputs[_NORM1:_NORM2]), Norm(*inputs[_NORM2:_LATENT_BIAS])
+        outputs = composition.latent_map(*inputs[:_NORM1], norm1, norm2, *inputs[_LATENT_BIAS:])[:2]
+        given = [
+            (output, grad)
+            for output, grad in zip(outputs, (grad_mapped, grad_shift), strict=True)
+            if grad is not None and output.requires_grad  # without norms the shift is a constant
         ]
-        if pairs and wanted:
+        if given and sought:
             found = torch.autograd.grad(
-                [first for first, _ in pairs],
-                [args[place] for place in wanted],
-                [along for _, along in pairs],
-                create_graph=records,
+                [output for output, _ in given],
+                [inputs[place] for place in sought],
+                [grad for _, grad in given],
+                create_graph=True,
                 allow_unused=True,
             )
-            for place, gradient in zip(wanted, found, strict=True):
-                total[place] = gradient
-    return tuple(total)
-
-
-def _first_gradients(args, needs: int) -> list[Tensor | None]:
-    """What latent_map_backward computes, by differentiating the composition, with a graph behind it."""
-    grads, args = args[:2], list(args[2:])
-    gradients: list[Tensor | None] = [None] * len(_PLACES)
-    sought = [bit for bit, place in enumerate(_PLACES) if needs >> bit & 1 and args[place] is not None]
-    for bit in sought:
-        if not args[_PLACES[bit]].requires_grad:
-            args[_PLACES[bit]] = args[_PLACES[bit]].detach().requires_grad_()
-    outputs = composition.latent_map(*args[:3], Norm(*args[3:10]), Norm(*args[10:17]), *args[17:])[:2]
-    given = [
-        (output, grad)
-        for output, grad in zip(outputs, grads, strict=True)
-        if grad is not None and output.requires_grad  # without norms the shift is a constant
-    ]
-    if given and sought:
-        found = torch.autograd.grad(
-            [output for output, _ in given],
-            [args[_PLACES[bit]] for bit in sought],
-            [grad for _, grad in given],
-            create_graph=True,
-            allow_unused=True,
-        )
-        for bit, gradient in zip(sought, found, strict=True):
-            gradients[bit] = gradient
-    return gradients
+            gradients = dict(zip(sought, found, strict=True))
+    return tuple(
+        _nothing(inputs[0], inputs[place])
+        if place not in gradients
+        else torch.zeros_like(inputs[place])
+        if gradients[place] is None
+        else gradients[place]
+        for place in _PLACES
+    )
 
 
 def register(library: torch.library.Library) -> None:
@@ -160,7 +136,7 @@ def register(library: torch.library.Library) -> None:
     global _function
     torch.library.register_fake("dcd_kernels::latent_map", _fake, lib=library)
     torch.library.register_fake("dcd_kernels::latent_map_backward", _backward_fake, lib=library)
-    autograd.register_op(library, _backward_op, (_second_setup, _second_backward), records=True)
+    autograd.register_composition(library, _backward_op, _backward_composition)
     _function = autograd.register_op(library, _op, (_setup, _backward))
 
 
