@@ -158,7 +158,7 @@ def test_a_weight_is_read_once_a_call(name):
             return weight.clone()
 
     for training in (True, False):
-        model = accelerated(released().train(training))
+        model = accelerated(randomise(zoo.ConvDY(CI, CO)).double().train(training))
         parametrize.register_parametrization(model.get_submodule(name), "weight", Counting())
         reads.clear()
         model(*draw((CI, 5, 6)))
@@ -237,6 +237,7 @@ def test_another_inner_convolution(name):
         module.conv = randomise(CONVOLUTIONS[name](), seed=4).double().train(module.training)
 
     assert_follows(change)
+    assert_follows(change, randomise(zoo.ConvDY(CI, CO)).double())
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -374,6 +375,7 @@ def test_a_low_rank_adapter_on_a_projection():
             child.forward = lambda x: 1.5 * own(x)
 
         assert_follows(change)
+    assert_follows(change, randomise(zoo.ConvDY(CI, CO)).double())  # a static layer that is fused
 
 
 def test_a_forward_set_on_the_instance():
