@@ -29,13 +29,6 @@ def _batch(**options):
     return functools.partial(wild.batch_norms, **options)
 
 
-def _strides_that_differ():
-    """On a 4×4 map stride 2 takes pixels 0 and 2, stride 3 takes 0 and 3: sizes agree, pixels do not."""
-    module = Plain(12, 16, stride=2)
-    module.down.stride = (3, 3)
-    return module
-
-
 #: name -> (module, shapes of its inputs without the batch)
 VARIANTS = {
     # ranks and ways to write them
@@ -57,7 +50,6 @@ VARIANTS = {
     "1×1": (_plain(12, 16), (12, 5, 6)),
     "1×1 biases": (_plain(12, 16, bias=True), (12, 5, 6)),
     "1×1 stride 2": (_plain(12, 16, stride=2), (12, 5, 6)),
-    "1×1 strides that differ": (_strides_that_differ, (12, 4, 4)),
     "3×3": (_plain(12, 8, 5, 3, padding=1, bias=True), (12, 5, 6)),
     "3×3 dilation": (_plain(12, 8, 5, 3, padding=3, dilation=3), (12, 7, 6)),
     "3×3 stride (2, 3)": (_plain(12, 8, 5, 3, padding=1, stride=(2, 3)), (12, 9, 8)),

@@ -321,6 +321,15 @@ def test_another_stride_or_padding_of_a_child():
     assert_follows(pad)
 
 
+def test_strides_that_differ_and_sizes_that_agree():
+    """On a 4×4 map stride 2 takes pixels 0 and 2, stride 3 takes 0 and 3."""
+
+    def change(module):
+        module.q.stride = (3, 3)
+
+    assert_follows(change, randomise(zoo.ConvDY(CI, CO, 1, 2)).double(), draw((CI, 4, 4)))
+
+
 def test_a_sequential_that_grows():
     def change(module):
         module.fc.append(nn.Tanh())
