@@ -209,24 +209,9 @@ CONVOLUTIONS = {
     "Sequential with BatchNorm": lambda: nn.Sequential(
         nn.Conv2d(CI, CO, 3, padding=1, bias=False), nn.BatchNorm2d(CO), nn.ReLU()
     ),
-    "two branches": lambda: Sum(nn.Conv2d(CI, CO, 3, padding=1), nn.Conv2d(CI, CO, 1)),
-    "subclass": lambda: Standardised(CI, CO, 3, padding=1),
+    "two branches": lambda: wild.Sum(nn.Conv2d(CI, CO, 3, padding=1), nn.Conv2d(CI, CO, 1)),
+    "subclass": lambda: wild.Standardised(CI, CO, 3, padding=1),
 }
-
-
-class Sum(nn.Module):
-    def __init__(self, first, second):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x):
-        return self.first(x) + self.second(x)
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, input):
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(input, weight, self.bias)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
