@@ -162,6 +162,14 @@ class Rounded(Half):
         return self.bn2(torch.matmul(phi.bfloat16(), z.bfloat16()).to(z.dtype)) + z
 
 
+class WideStatic(Half):
+    """The static output in another dtype than the rest."""
+
+    def forward(self, x):
+        phi, lam = self.coefficients(x)
+        return self.conv(x).to(torch.float32) * lam + self.expand(self.mix(phi, self.latent(x)), x)
+
+
 class Checkpointed(Half):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)

@@ -181,6 +181,19 @@ def test_hooks_fire_as_they_did(child, kind, when):
     assert logs[0] == logs[1] and len(logs[1]) == 1
 
 
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_a_static_layer_that_is_fused(kind):
+    """A 1×1 convolution runs inside of the fused call when nobody watches it."""
+    results, logs = [], []
+    for accelerate in (dcd.accelerate, lambda model: model):
+        model, log = accelerate(make("DYModule expand").train()), []
+        HOOKS[kind](model.conv, log)
+        results.append(run(model, inputs("DYModule expand")))
+        logs.append(log)
+    assert_equal(*results)
+    assert logs[0] == logs[1] and len(logs[1]) == 1
+
+
 def test_hooks_do_not_fire_while_accelerate_looks():
     """They may count, log or write files."""
     model, log = released(), []

@@ -26,8 +26,8 @@ full = functools.partial(pytest.param, marks=pytest.mark.full)
 COMPILED = [
     ("conv_dy 3×3", True),
     ("DYModule expand", True),
-    ("conv_basic_dy stride 2", False),
-    ("Guided", False),
+    full("conv_basic_dy stride 2", False),
+    full("Guided", False),
     full("GroupNorm", False),
     full("conv_dy squeeze of 0", True),
     full("conv_basic_dy stride 2", True),

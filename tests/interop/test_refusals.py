@@ -100,7 +100,7 @@ def test_forwards_that_are_followed_wrongly_with_ease(name, training):
     module = randomise(hard.FOLLOWED[name]()).double().train(training)
     if name == "FullPrecision":
         module = module.float()
-    relative = 0.05 if name in ("FullPrecision", "HalfPrecision", "Rounded") else 1e-10
+    relative = 0.05 if name in ("FullPrecision", "HalfPrecision", "Rounded", "WideStatic") else 1e-10
     twin = accelerated(module, taken=None)
     for seed in range(4):
         inputs = drawn(seed, next(module.parameters()).dtype)
@@ -128,6 +128,17 @@ def test_what_forward_asks_of_its_surroundings(name, training):
         mine, right = twin(x), module(x)
     assert mine.dtype == right.dtype
     torch.testing.assert_close(mine.float(), right.float(), rtol=0.1, atol=0.2)
+
+
+@MODES
+def test_a_static_output_of_another_dtype(training):
+    """The sum is as wide as torch makes it."""
+    module = randomise(hard.WideStatic()).bfloat16().train(training)
+    inputs = drawn(dtype=torch.bfloat16)
+    mine, right = run(accelerated(module, taken=None), inputs), run(module, inputs)
+    assert right["output 0"].dtype == torch.float32
+    assert {n: t.dtype for n, t in mine.items()} == {n: t.dtype for n, t in right.items()}
+    assert (mine["output 0"] - right["output 0"]).abs().max() < 0.05 * right["output 0"].abs().max()
 
 
 def test_gradients_that_forward_holds_back():

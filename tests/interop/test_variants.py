@@ -158,7 +158,7 @@ def test_a_weight_is_read_once_a_call(name):
             return weight.clone()
 
     for training in (True, False):
-        model = accelerated(released().train(training))
+        model = accelerated(randomise(zoo.ConvDY(CI, CO)).double().train(training))
         parametrize.register_parametrization(model.get_submodule(name), "weight", Counting())
         reads.clear()
         model(*draw((CI, 5, 6)))
@@ -209,24 +209,9 @@ CONVOLUTIONS = {
     "Sequential with BatchNorm": lambda: nn.Sequential(
         nn.Conv2d(CI, CO, 3, padding=1, bias=False), nn.BatchNorm2d(CO), nn.ReLU()
     ),
-    "two branches": lambda: Sum(nn.Conv2d(CI, CO, 3, padding=1), nn.Conv2d(CI, CO, 1)),
-    "subclass": lambda: Standardised(CI, CO, 3, padding=1),
+    "two branches": lambda: wild.Sum(nn.Conv2d(CI, CO, 3, padding=1), nn.Conv2d(CI, CO, 1)),
+    "subclass": lambda: wild.Standardised(CI, CO, 3, padding=1),
 }
-
-
-class Sum(nn.Module):
-    def __init__(self, first, second):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x):
-        return self.first(x) + self.second(x)
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, input):
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(input, weight, self.bias)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -237,6 +222,7 @@ def test_another_inner_convolution(name):
         module.conv = randomise(CONVOLUTIONS[name](), seed=4).double().train(module.training)
 
     assert_follows(change)
+    assert_follows(change, randomise(zoo.ConvDY(CI, CO)).double())
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -320,6 +306,15 @@ def test_another_stride_or_padding_of_a_child():
     assert_follows(pad)
 
 
+def test_strides_that_differ_and_sizes_that_agree():
+    """On a 4×4 map stride 2 takes pixels 0 and 2, stride 3 takes 0 and 3."""
+
+    def change(module):
+        module.q.stride = (3, 3)
+
+    assert_follows(change, randomise(zoo.ConvDY(CI, CO, 1, 2)).double(), draw((CI, 4, 4)))
+
+
 def test_a_sequential_that_grows():
     def change(module):
         module.fc.append(nn.Tanh())
@@ -374,6 +369,7 @@ def test_a_low_rank_adapter_on_a_projection():
             child.forward = lambda x: 1.5 * own(x)
 
         assert_follows(change)
+    assert_follows(change, randomise(zoo.ConvDY(CI, CO)).double())  # a static layer that is fused
 
 
 def test_a_forward_set_on_the_instance():

@@ -369,5 +369,24 @@ class Function(nn.Module):
         return self.function(s)
 
 
+class Sum(nn.Module):
+    """Two branches of a static part, before they are merged."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution of a class of its own."""
+
+    def forward(self, input):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(input, weight, self.bias)
+
+
 def one_plus_tanh(s):
     return 1 + torch.tanh(s)
