@@ -17,6 +17,7 @@ from operands import (
 )
 
 from dcd_kernels import reference
+from dcd_kernels.ops import moments
 
 OPS = torch.ops.dcd_kernels
 # (N, Ci, *size), L: few and many channels for the latents, one pixel, a pixel or four behind whole vectors,
@@ -271,6 +272,20 @@ def test_the_gradient_is_the_kernels_unless_it_is_recorded():
             gradients = torch.autograd.grad(loss, tensors, create_graph=recorded)
         assert (OPS.latent_moments_backward.default in called) == (not recorded)
         assert all(gradient.requires_grad == recorded for gradient in gradients)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_composition_that_gpus_take_gives_the_same(dtype, layout):
+    shape, latent = SMALL[4]
+    tensors, grads = operands(shape, latent, dtype, layout), incoming(shape, latent, dtype)
+    mean = OPS.latent_moments(*tensors)[0]
+    for needs in NEEDS:
+        found = moments._composed(*tensors, mean, *grads, needs)
+        expected = OPS.latent_moments_backward(*tensors, mean, *grads, needs)
+        for got, kernel in zip(found, expected, strict=True):
+            assert got.dtype == kernel.dtype and got.stride() == kernel.stride()
+            torch.testing.assert_close(got, kernel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

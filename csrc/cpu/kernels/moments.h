@@ -59,8 +59,8 @@ class Latent {
           q_(q),
           q_t_(q_t) {}
 
-    // Pixels are lanes, which for channels_last takes a transpose; or channels are, whose sums over lanes
-    // cost as much as 12 channels' transpose.
+    // Pixels are lanes, which for channels_last takes a transpose of x; or channels are, which takes a sum
+    // over lanes for each latent and pays where there are many channels to a latent.
     static bool by_dots(int64_t in_channels, int64_t latent, bool channels_last) {
         return channels_last && 4 * latent + 32 < in_channels;
     }
@@ -199,9 +199,10 @@ class RunningMoments {
     }
 
     void finish() {
+        const T share = T(1) / T(seen_);
         for (int64_t i = 0; i < latent_; ++i)
             for (int64_t j = 0; j <= i; ++j)
-                scatter_[i * latent_ + j] = scatter_[j * latent_ + i] = scatter_[i * latent_ + j] / T(seen_);
+                scatter_[i * latent_ + j] = scatter_[j * latent_ + i] = scatter_[i * latent_ + j] * share;
     }
 
   private:

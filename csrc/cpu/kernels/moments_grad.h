@@ -129,8 +129,8 @@ class MomentsGradient {
         }
     }
 
-    // Few pixels: the sum over lanes that ends a dot product costs as much as three vectors of them, lanes that
-    // no latent fills cost their share.
+    // Few pixels: the sum over lanes that ends a dot product costs as much as three vectors of them, lanes
+    // that no latent fills cost their share.
     bool small(int64_t count) const {
         const int64_t l = s_.latent;
         return count * ((l + W - 1) / W) * W < l * (count + 3 * W);
