@@ -397,7 +397,8 @@ def _lam(caller, lam, n, co, dtype, device) -> None:
 def _bias(caller, bias, n, co, dtype, device) -> None:
     if bias.dtype is not dtype or bias.device != device or bias.layout is not _STRIDED:
         _kind(caller, "bias", bias, dtype, device, True)
-    if bias.shape != (co,) and bias.shape != (n, co):
+    # by rank first: a size that is a symbol is compared only with what it has to be
+    if bias.shape != ((co,) if bias.dim() == 1 else (n, co)):
         _fail_shape(
             caller, "bias", bias, (co,), f"(out_channels,), or (batch, out_channels) = {show((n, co))}"
         )

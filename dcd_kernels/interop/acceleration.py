@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from . import branch, layers, match, patch, probe
@@ -153,7 +154,9 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _examined(module: nn.Module) -> tuple[patch.Recipe | None, str]:
     """The recipe for ``module``, or None and the reason why there is none."""
     try:
-        recipe = examine(module)
+        # whatever the caller's surroundings are: they are not those of the calls to come
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            recipe = examine(module)
     except (Untraceable, match.NoMatch, probe.Differs) as error:
         return None, str(error)
     return recipe, recipe.summary

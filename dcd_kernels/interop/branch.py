@@ -20,6 +20,7 @@ from .match import Match
 from .trace import Shapes, plain_attributes
 
 _EXACT = 1e-12
+_COMMON = {*vars(nn.Module())}  # attributes that every module has
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class _Finder:
         )
 
     def _module(self, node: fx.Node) -> nn.Module:
-        return self.twin.get_submodule(node.target)
+        return self.run.module.get_submodule(node.target)  # it has run, and may have stored something
 
     def _is_linear(self, node: fx.Node) -> bool:
         return node.op == "call_module" and layers.rank(self._module(node)) == 2 and len(node.args) == 1
@@ -209,14 +210,27 @@ class _Finder:
                 raise _Other
 
     def _steps(self) -> tuple[tuple[str, type, dict[str, object]], ...]:
+        """All modules that are not called any more; theirs may not depend on what is not compared."""
         found = {}
         for node in self.nodes:
             if node.op == "call_module":
                 for inner, child in self._module(node).named_modules():
                     name = f"{node.target}.{inner}" if inner else node.target
-                    known = type(child).__module__.startswith("torch.")
-                    found[name] = (type(child), {} if known else plain_attributes(child))
+                    found[name] = (type(child), {} if _is_torch(child) else _attributes(child))
         return tuple((name, *kind) for name, kind in sorted(found.items()))
+
+
+def _is_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
+def _attributes(module: nn.Module) -> dict[str, object]:
+    """The attributes of somebody's own module, if all are plain; what it stored when it was called is one."""
+    own = {name: value for name, value in vars(module).items() if name not in _COMMON}
+    plain = plain_attributes(module)
+    if module._buffers or own.keys() - plain.keys():
+        raise _Other
+    return plain
 
 
 def _require(value: Tensor, truth: Tensor) -> None:

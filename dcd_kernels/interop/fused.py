@@ -125,7 +125,7 @@ def residual(
         bias = _expanded(shift, p_weight, p.bias)
     if lam is not None:
         lam_dtype = lam_dtype or lam.dtype
-        lam = lam.reshape(batch, -1)
+        lam = lam.reshape(batch, p_weight.shape[0])
     factors = p_weight, phi, q_weight
     if conv is not None:
         if _is_fusable(conv, input, stride):

@@ -19,6 +19,7 @@ from .match import Match
 from .trace import Trace
 
 _MARK = "dcd_recipe"  # attribute of the function that makes it ours
+_PATCHED = ("forward", "_replicate_for_data_parallel")  # attributes of a patched instance
 
 Found = list[tuple[Match, Branch | None]]
 Program = Callable[..., object]
@@ -99,8 +100,8 @@ class Recipe:
                 return f"{'.'.join(path)} has hooks or a forward of its own"
         for path in self.opened:
             part = child(module, path)
-            if part is None or layers.is_altered(part):
-                return f"{'.'.join(path)} has hooks or a forward of its own"
+            if type(part) is not nn.Sequential or layers.is_altered(part):
+                return f"{'.'.join(path)} has hooks or is another kind of module now"
         return None
 
     def keeps_branch(self, module: nn.Module) -> bool:
@@ -186,13 +187,24 @@ def install(module: nn.Module, recipe: Recipe) -> None:
     forward.__signature__ = inspect.signature(own)  # torch.export goes by the names of the arguments
     setattr(forward, _MARK, recipe)
     module.forward = types.MethodType(forward, module)
+    module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """DataParallel's replicas get the attributes of their original, methods bound to it included."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    shortcut.forget(replica)
+    for name in _PATCHED:
+        setattr(replica, name, types.MethodType(vars(self)[name].__func__, replica))
+    return replica
 
 
 def remove(module: nn.Module) -> None:
     """Takes the patch off ``module``, if there is one."""
     shortcut.forget(module)
     if recipe_of(module) is not None:
-        del module.forward
+        for name in _PATCHED:
+            delattr(module, name)
 
 
 def _summary(found: tuple[Match, Branch | None]) -> str:

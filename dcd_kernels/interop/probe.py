@@ -48,7 +48,8 @@ def random_twin(module: nn.Module) -> nn.Module:
             if layers.is_batch_norm(child) and child.running_mean is not None:
                 child.running_mean.normal_(generator=generator)
                 child.running_var.uniform_(0.5, 1.5, generator=generator)
-                child.num_batches_tracked.zero_()
+                if child.num_batches_tracked is not None:
+                    child.num_batches_tracked.zero_()
     return twin
 
 
