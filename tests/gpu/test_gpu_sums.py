@@ -11,7 +11,7 @@ import test_grad
 import test_ops_pointwise
 import torch
 from cases import assert_close_to_truth, assert_same, in_layout
-from on_device import BF16, FP16, IEEE, ON_GPU, PRECISIONS, random_map
+from on_device import BF16, FP16, IEEE, PRECISIONS, random_map
 from operands import LAYOUTS, Case, in_float64, operands, plain
 
 import dcd_kernels as dcd
