@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import extension
+from ..backends import selection
 from . import fused, layers, shortcut
 from .branch import Branch
 from .guards import Guards, Path, child, guard
@@ -130,7 +131,7 @@ def _only(trace: Trace, found: Found) -> tuple[Match, Branch] | None:
 def _shortcut(module: nn.Module, recipe: Recipe, input: Tensor) -> shortcut.Shortcut | None:
     """For the next calls like this one, if it was a single op."""
     guards = recipe.guards
-    if not extension.LOADED or recipe.only is None or guards.values:
+    if not extension.LOADED or recipe.only is None or guards.values or selection.is_observed():
         return None
     residual, branch = recipe.only
 
@@ -179,9 +180,7 @@ def install(module: nn.Module, recipe: Recipe) -> None:
         if whole is None or recipe.keeps_branch(self):
             return residual(self, *args, **kwargs)
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and len(args) == 1:
-            short = _shortcut(self, recipe, args[0])
-            if short is not None:
-                shortcut.keep(self, short)
+            shortcut.keep(self, _shortcut(self, recipe, args[0]))
         return whole(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(own)  # torch.export goes by the names of the arguments

@@ -98,9 +98,10 @@ def find(module: nn.Module) -> Shortcut | None:
     return module.__dict__.get(_NAME)
 
 
-def keep(module: nn.Module, shortcut: Shortcut) -> None:
+def keep(module: nn.Module, shortcut: Shortcut | None) -> None:
     """From now on `find` returns ``shortcut`` for ``module``."""
-    module.__dict__[_NAME] = shortcut
+    if shortcut is not None:
+        module.__dict__[_NAME] = shortcut
 
 
 def forget(module: nn.Module) -> None:
