@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         help="peak memory, each in a process of its own (default, but not with --quick)",
     )
     seconds = f"{SECONDS['training']:.0f} in training, {SECONDS['eval']:.0f} in eval"
-    # by name a backend would refuse what it has no kernel for; what runs where is printed with every case
+    # by name a backend would refuse what it has no kernel for; what is called is printed with every case
     session.add_options(made, seconds, backend="auto", backend_help="backend of the accelerated layers")
     return made
 
@@ -83,14 +83,14 @@ def run(options: argparse.Namespace, cores: list[int]) -> int:
         console.print(f"[red]--networks: {error}[/]")
         return 2
     used_isa, refusal = environment.use_isa(options.isa)
-    if refusal and options.backend not in ("auto", "reference"):
-        console.print(f"[red]--backend {options.backend}: {refusal}[/]")
+    if options.backend == "reference":
+        refusal = "--backend reference: then nothing is accelerated"
+    if refusal:
+        console.print(f"[red]nothing is measured: {refusal}[/]")
         return 2
     clock = session.clock_of(options)
     run = environment.describe(options.isa, used_isa, options.threads, cores, options.backend, clock)
     session.print_setup(console, run, "gradients are dropped before every step")
-    if refusal:
-        console.print(f"[yellow]accelerated layers run on the reference: {refusal}[/]")
 
     with_memory = options.memory if options.memory is not None else not options.quick
     batches = QUICK_TASKS if options.quick else TASKS

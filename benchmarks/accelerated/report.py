@@ -30,7 +30,7 @@ RESULT_KEYS = (
         "preempted",
     ),
     *("ratio_to_best_static", "ratio_to_best_unpatched", "peak_mib", "peak_to_static"),
-    *("dynamic_layers", "layers_taken", "kernels"),
+    *("dynamic_layers", "layers_taken", "operators"),
 )
 ROW_KEYS = (*RUN_KEYS, *CASE_KEYS, *RESULT_KEYS)
 MEBI = 2**20
@@ -59,7 +59,7 @@ def rows(result: NetworkResult, run: dict) -> list[dict]:
         )
         if candidate.group == ACCELERATED:
             taken = result.taken
-            row.update(dynamic_layers=taken.layers, layers_taken=taken.taken, kernels=taken.kernels)
+            row.update(dynamic_layers=taken.layers, layers_taken=taken.taken, operators=taken.operators)
         if timing:
             row.update(timing_figures(timing))
             row.update(
@@ -152,7 +152,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def print_case(console: Console, result: NetworkResult) -> None:
-    """All candidates of one case, the fastest of each group in bold, and what runs the dynamic layers."""
+    """All candidates of one case, the fastest of each group in bold, and what the dynamic layers call."""
     table = Table(title=result.case.name, title_justify="left")
     for column in ("candidate", "p50 ms", "p20", "p80", f"÷ {STATIC}", "error", "peak MiB", f"÷ {STATIC}"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
@@ -177,7 +177,7 @@ def print_case(console: Console, result: NetworkResult) -> None:
     console.print(table)
     taken = result.taken
     console.print(
-        f"{taken.taken} of {taken.layers} dynamic layers taken; a forward pass runs {taken.kernels}",
+        f"{taken.taken} of {taken.layers} dynamic layers taken; one step calls {taken.operators}",
         soft_wrap=True,
     )
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Accelerated networks are checked before any time is taken, against the same network unpatched.
 
-1. Every dynamic layer is taken, and its residual does run through an operator of this package.
+1. Every dynamic layer is taken, and each but the classifier, whose few rows accelerate leaves to torch, does
+   call an operator of this package.
 2. In float64, on small images: outputs, gradients and running statistics, each within 1e-10 of its size, or,
    where it is a difference of larger numbers, within `AMPLIFIED` times what float32 loses there, at 2⁻²⁹.
 3. In float32, layer by layer on what reaches it in the network at the size that is timed: twice the error of
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcd_kernels as dcd
 from dcd_kernels.models.released import Classifier, ReleasedLayer
@@ -46,12 +48,25 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Taken:
-    """What of an accelerated network runs fused: dynamic layers, those taken, and which kernels run them."""
+    """What of an accelerated network is patched: dynamic layers, those taken, and what one step calls."""
 
     layers: int
     taken: int
-    kernels: str
+    operators: str
     objection: str = ""
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the calls of operators of this package. It leaves the path to them as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dcd_kernels":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def dynamic_layers(network: nn.Module) -> list[str]:
@@ -59,27 +74,19 @@ def dynamic_layers(network: nn.Module) -> list[str]:
 
 
 def what_is_taken(network: nn.Module, case: NetworkCase, images: Tensor) -> Taken:
-    """Asks `dcd.report`, and counts the operators in a forward pass, as a patched layer may still refuse."""
+    """Asks `dcd.report`, and counts the operators of one step."""
     layers = dynamic_layers(network)
     taken = {entry.name for entry in dcd.report(network).taken}
     left = [name for name in layers if name not in taken]
-    copied = copy.deepcopy(network).train(case.task == TRAINING)
-    # not the module itself: to name its parts, explain would hook them, and hooked parts run as written
+    objection = f"{len(left)} of {len(layers)} dynamic layers are not taken: {', '.join(left[:3])} …"
+    called = _Operators()
     try:
-        calls = dcd.explain(lambda: copied(images)).calls
+        with called:
+            network_results(network, case, images)
     except UNABLE as error:
         return Taken(len(layers), len(layers) - len(left), "", reason_of(error))
-    # a linear layer's residual is a few rows, which accelerate leaves to torch
-    convolutions = sum(not isinstance(network.get_submodule(name), Classifier) for name in layers)
-    residuals = sum(call.op != "moments" for call in calls)
-    counts = collections.Counter((call.op, call.chosen) for call in calls)
-    kernels = ", ".join(f"{count} {op} on {backend}" for (op, backend), count in sorted(counts.items()))
-    objection = ""
-    if left:
-        objection = f"{len(left)} of {len(layers)} dynamic layers are not taken: {', '.join(left[:3])} …"
-    elif residuals < convolutions:
-        objection = f"of {convolutions} dynamic convolutions {residuals} run fused"
-    return Taken(len(layers), len(layers) - len(left), kernels, objection)
+    operators = ", ".join(f"{count} {name}" for name, count in called.counts.items())
+    return Taken(len(layers), len(layers) - len(left), operators or "none", objection if left else "")
 
 
 def network_results(network: nn.Module, case: NetworkCase, images: Tensor) -> Results:
@@ -174,7 +181,11 @@ def layers_are_right(
         grad = torch.empty_like(output).copy_(grad)
         exact = layer_results(copy.deepcopy(peer).double(), training, input.double(), grad.double())
         limit = limits(layer_results(peer, training, input, grad), exact, input.numel() // input.shape[1])
-        verdict = compare(layer_results(mine, training, input, grad), exact, limit)
+        with _Operators() as called:  # a layer that is taken may still refuse
+            found = layer_results(mine, training, input, grad)
+        if not called.counts and not isinstance(peer, Classifier):
+            return Verdict(False, math.nan, f"{name} is taken and runs as it was written")
+        verdict = compare(found, exact, limit)
         return Verdict(verdict.right, verdict.error, verdict.reason and f"{name}: {verdict.reason}")
 
     runner = copy.deepcopy(plain).train(training)
