@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", type=int, default=224, help="height and width of the images (default 224)")
     made.add_argument("--classes", type=int, default=1000, help="of the classifier (default 1000)")
     made.add_argument(
-        "--quick", action="store_true", help="half a minute: few rounds, eval at batch 1 only, no memory"
+        "--quick", action="store_true", help="less than a minute: few rounds, eval at batch 1 only, no memory"
     )
     made.add_argument(
         "--memory",
