@@ -227,7 +227,15 @@ def _naming(fn_or_module, names: list[str]) -> Iterator[None]:
     handles = []
     owner = threading.get_ident()  # a module that another thread runs too is not where this one is
     if isinstance(fn_or_module, nn.Module):
+        # hooks on its parts would make an accelerated module run as it was written
+        closed = tuple(
+            f"{name}." if name else ""
+            for name, module in fn_or_module.named_modules()
+            if "forward" in vars(module)
+        )
         for name, module in fn_or_module.named_modules():
+            if name and name.startswith(closed):
+                continue
             label = f"{name} ({type(module).__name__})" if name else type(module).__name__
 
             def enter(_module, _args, label=label):

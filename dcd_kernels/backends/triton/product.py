@@ -363,7 +363,9 @@ def run(
     if pixel_unit * input.element_size() < 8 and not (x.last and (y is None or y.last)):
         configs = _SCATTERED_CONFIGS[max(l_in, l_out) > 16 :]  # the first has no room for a wide latent
     else:
-        configs = CONFIGS if half and not pooled and max(l_in, l_out) <= 16 else _ROOMY_CONFIGS
+        # sums over pixels beside the tile, or a latent term alone, take more registers than sm_80 has
+        tight = pooled or static == ABSENT
+        configs = CONFIGS if half and not tight and max(l_in, l_out) <= 16 else _ROOMY_CONFIGS
     candidates = fitting(configs, widest, out_channels, in_channels, out_channels, batch * pixels)
     key = (
         *(str(input.dtype)[6:], in_channels, out_channels, l_in, l_out, static, scales, int(transpose)),
