@@ -35,11 +35,22 @@ void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
 template <class T>
 void sum_biases(const T* p, const T* p_bias, const T* shift, const T* lam, const T* static_bias,
                 int64_t batch, int64_t channels, int64_t latent, T* bias) {
+    constexpr int64_t kRows = 8;  // sums that do not wait for each other
     for (int64_t n = 0; n < batch; ++n, shift += latent, lam += channels, bias += channels)
-        for (int64_t o = 0; o < channels; ++o) {
-            T sum = p_bias ? p_bias[o] : T(0);
-            for (int64_t l = 0; l < latent; ++l) sum += p[o * latent + l] * shift[l];
-            bias[o] = static_bias ? sum + lam[o] * static_bias[o] : sum;
+        for (int64_t first = 0; first < channels; first += kRows) {
+            const int64_t rows = std::min(kRows, channels - first);
+            T sum[kRows] = {};
+            if (rows == kRows)
+                for (int64_t l = 0; l < latent; ++l)
+                    for (int64_t r = 0; r < kRows; ++r) sum[r] += p[(first + r) * latent + l] * shift[l];
+            else
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t l = 0; l < latent; ++l) sum[r] += p[(first + r) * latent + l] * shift[l];
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t o = first + r;
+                bias[o] =
+                    sum[r] + (p_bias ? p_bias[o] : T(0)) + (static_bias ? lam[o] * static_bias[o] : T(0));
+            }
         }
 }
 

@@ -33,8 +33,8 @@ class Recipe:
     ``own`` is the class's forward. ``programs`` are two a mode: one that also makes λ and Φ in one call, if
     the branch is a known one, and one that leaves the branch as it is written. ``replaced`` are the modules
     that neither calls, and what each has to be for that; ``opened`` the containers that are not called;
-    ``steps`` the modules of the branch with class and attributes, by mode. ``only`` is set where forward in
-    inference is a single residual with a known branch and nothing besides.
+    ``steps`` the modules of the branch with class and attributes, by mode. ``only`` are the fields of a
+    `shortcut.Layer`, modules by name, where forward in inference is that and nothing besides.
     """
 
     own: Program
@@ -45,7 +45,7 @@ class Recipe:
     replaced: tuple[tuple[Path, Callable[[nn.Module], bool]], ...]
     opened: tuple[Path, ...]
     steps: dict[bool, tuple[tuple[Path, type, dict[str, object]], ...]]
-    only: tuple[Match, Branch] | None
+    only: tuple[str | int | bool | None, ...] | None
     summary: str
 
     @staticmethod
@@ -117,15 +117,18 @@ class Recipe:
         return False
 
 
-def _only(trace: Trace, found: Found) -> tuple[Match, Branch] | None:
-    """The residual and its branch, if they are all of the forward that was traced."""
+def _only(trace: Trace, found: Found) -> tuple[str | int | bool | None, ...] | None:
+    """What a `shortcut.Layer` has, if that is all of the forward that was traced."""
     if len(found) != 1 or found[0][1] is None:
         return None
-    residual = found[0][0]
+    residual, branch = found[0]
     inputs = [node for node in trace.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in trace.graph.nodes if node.op == "output")
-    whole = output.args[0] is residual.output and inputs == [residual.input] and residual.conv is not None
-    return found[0] if whole else None
+    if output.args[0] is not residual.output or inputs != [residual.input] or residual.conv is None:
+        return None
+    parts = residual.conv, residual.p, residual.q, branch.squeeze, branch.gate_layer, branch.lam, branch.phi
+    codes = branch.pool, branch.gate, branch.lam_activation
+    return (*parts, *codes, residual.norm1, residual.norm2, residual.latent_residual)
 
 
 def _shortcut(module: nn.Module, recipe: Recipe, input: Tensor) -> shortcut.Shortcut | None:
@@ -133,18 +136,8 @@ def _shortcut(module: nn.Module, recipe: Recipe, input: Tensor) -> shortcut.Shor
     guards = recipe.guards
     if not extension.LOADED or recipe.only is None or guards.values or selection.is_observed():
         return None
-    residual, branch = recipe.only
 
-    def part(name: str | None) -> nn.Module | None:
-        return None if name is None else module.get_submodule(name)
-
-    layer = shortcut.Layer(
-        *map(part, (residual.conv, residual.p, residual.q)),
-        *map(part, (branch.squeeze, branch.gate_layer, branch.lam, branch.phi)),
-        *(branch.pool, branch.gate, branch.lam_activation),
-        *map(part, (residual.norm1, residual.norm2)),
-        residual.latent_residual,
-    )
+    layer = shortcut.layer_of(module, recipe.only)
     if not fused.is_one_call(input, layer):
         return None
     steps = [

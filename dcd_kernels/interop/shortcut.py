@@ -18,13 +18,21 @@ from .. import extension
 from ..backends import selection
 
 if extension.LOADED:
-    from ..ops.layer import Layer, released_layer
+    from ..ops.layer import MODULES, Layer, released_layer
 
 _geometry = operator.itemgetter("stride", "padding", "kernel_size", "groups")
 _has_global_hooks = torch.nn.modules.module._has_any_global_hook
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BACKENDS = ("auto", "cpu")
 _NAME = "_dcd_shortcut"
+
+
+def layer_of(module: nn.Module, fields: tuple[str | int | bool | None, ...]) -> Layer:
+    """The `Layer` whose fields these are, modules by their name in ``module``."""
+    layer = Layer(*fields)
+    names = {field: getattr(layer, field) for field in MODULES}
+    present = {field: module.get_submodule(name) for field, name in names.items() if name is not None}
+    return layer._replace(**present)
 
 
 class Shortcut:
@@ -45,7 +53,9 @@ class Shortcut:
         self.attributes = [(child.__dict__, name, value) for child, name, value in steps]
         self.inner, self.kinds = inner, [*map(type, inner)]
         self.states = [child.__dict__ for child in inner]
-        self.families = [owner._modules for owner in (module, *inner)]
+        owners = (module, *inner)
+        self.families = [owner._modules for owner in owners if owner._modules]
+        self.childless = [owner._modules for owner in owners if not owner._modules]
         self.members = [[*family.values()] for family in self.families]
         self.hooks = [place for state in self.states for place in _HOOKS(state)]
         self.sizes = [*map(len, self.states)]  # one more where somebody gives a module a forward of its own
@@ -69,6 +79,7 @@ class Shortcut:
             or self.kind.forward is not self.own
             or _has_global_hooks()
             or any(self.hooks)
+            or any(self.childless)
             or self.state["training"]
             or True in [state["training"] for state in self.states]
             or [*map(len, self.states)] != self.sizes

@@ -21,6 +21,10 @@ def register(library: torch.library.Library) -> None:
     torch.library.register_fake("dcd_kernels::released_layer", _fake, lib=library)
 
 
+# the fields of a Layer that are modules
+MODULES = ("conv", "p", "q", "squeeze", "gate_layer", "lam_layer", "phi_layer", "norm1", "norm2")
+
+
 class Layer(NamedTuple):
     """``λ⊙(W0 x + b) + P [norm₂(Φ z₁) (+ z₁)]`` with ``z₁ = norm₁(Qᵀx)``, λ and Φ from the branch of x.
 
