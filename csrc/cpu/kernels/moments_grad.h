@@ -5,9 +5,9 @@
 // one tile of pixels at a time, for which x is read once and stays in L2.
 //
 // The sum of h over a sample is zero, but not that of the rounded h: m is off by half a unit in its last
-// place, which x far from zero makes much of. So A times the sum of h that was there is taken off dz again,
-// where it counts: times a mean of x, in d_Q. Any mean close to that of the sample does; here it is that of
-// the first pixels.
+// place, which x far from zero makes much of. A sample of one tile is centred again. Of larger ones, A times
+// the sum of h that was there is taken off dz afterwards where it counts: times a mean of x, in d_Q. Any mean
+// close to that of the sample does; here it is that of the first pixels.
 #pragma once
 
 #include "moments.h"
@@ -30,8 +30,8 @@ class MomentsGradient {
                most(Pieces<T>::rounded(latent_.scratch_size()), Pieces<T>::rounded(s_.in_channels));
     }
 
-    // One part of one sample. Writes the sum of h [L], or zero; writes d_q (adds unless `first`) where it is
-    // not null: [Ci, L], or [L, Ci] when channels_last.
+    // One part of one sample. Writes the sum of h [L] if there are several tiles; writes d_q (adds unless
+    // `first`) where it is not null: [Ci, L], or [L, Ci] when channels_last.
     void run(int64_t n, int64_t part, T* sums, T* d_q, bool first, T* memory) const {
         const int64_t l = s_.latent, count = tiling_.largest();
         Pieces<T> pieces(memory);
@@ -52,7 +52,12 @@ class MomentsGradient {
             if (s_.grad_covariance) {
                 latent_.project(n, p0, count, shift, h, spare);
                 latent_.row_sums(h, count, tile_sums);
-                for (int64_t i = 0; i < l; ++i) sums[i] += tile_sums[i];
+                if (tiling_.tiles == 1) {
+                    for (int64_t i = 0; i < l; ++i) tile_sums[i] /= -T(count);
+                    latent_.add_to_rows(tile_sums, count, h);
+                } else {
+                    for (int64_t i = 0; i < l; ++i) sums[i] += tile_sums[i];
+                }
                 block.a = core, block.a_row = l, block.a_k = 1;
                 block.b = h, block.b_k = count, block.k = l;
             }
@@ -66,7 +71,7 @@ class MomentsGradient {
     // Takes x (A sums)^T off d_q, x the mean over the first pixels of the sample.
     void settle(int64_t n, const T* sums, T* d_q, T* memory) const {
         const int64_t l = s_.latent, ci = s_.in_channels, near = least(W, s_.pixels);
-        if (!s_.grad_covariance) return;
+        if (!s_.grad_covariance || tiling_.tiles == 1) return;
         Pieces<T> pieces(memory);
         T *core = pieces.take(l * l), *excess = pieces.take(l), *mean = pieces.take(ci);
         make_core(n, core);
