@@ -3,10 +3,9 @@
 // launch.
 #include "branch.h"
 #include "branch_checks.h"
-#include "ops.h"
 
 namespace dcd {
-namespace {}  // namespace
+namespace {
 
 // Partial per-sample channel sums of an image, in fp32 or float64.
 Tensor channel_sums(const Tensor& input, int64_t bins) {  // [N, C, *spatial] -> [N, T, C·bins²]
@@ -35,8 +34,6 @@ Tensor channel_sums(const Tensor& input, int64_t bins) {  // [N, C, *spatial] ->
     });
     return sums;
 }
-
-namespace {
 
 // A branch's weights as the kernels read them: contiguous, of the type that is computed in.
 struct DenseWeights {
@@ -71,8 +68,6 @@ struct DenseWeights {
     }
 };
 
-}  // namespace
-
 // h = gate(squeeze x), x = scale · sum over T; lam = lam_activation, phi = the rest of expand h, or
 // phi_weight h
 std::tuple<Tensor, Tensor> branch(const Tensor& sums,  // [N, T, I]
@@ -99,8 +94,6 @@ std::tuple<Tensor, Tensor> branch(const Tensor& sums,  // [N, T, I]
     });
     return {lam, phi};
 }
-
-namespace {
 
 using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // dcd_kernels::latent_map and its gradient: checks, allocation, launch.
-#include "ops.h"
+#include "tensors.h"
 
 namespace dcd {
 namespace {
@@ -133,8 +133,6 @@ struct DenseArguments {
     }
 };
 
-}  // namespace
-
 // norm2(Phi norm1(z)) (+ norm1(z)) = Phi' Q^T x + shift, z = Q^T x + latent_bias
 std::tuple<Tensor, Tensor, Tensor> latent_map(
     const Tensor& phi,                 // [N, L, L]
@@ -163,8 +161,6 @@ std::tuple<Tensor, Tensor, Tensor> latent_map(
     });
     return {mapped, shift, statistics};
 }
-
-namespace {
 
 using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

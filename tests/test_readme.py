@@ -38,7 +38,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_equals_what_it_says_it_equals():
-    example, equivalent, layers, _ = EXAMPLES
+    example, equivalent, layers, *_ = EXAMPLES
     torch.manual_seed(0)
     names: dict = {}
     exec(example, names)
@@ -67,6 +67,13 @@ def test_the_checkpoint_s_example(tmp_path, monkeypatch):
     exec(example, names)
     loaded = names["model"].state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in trained.state_dict().items())
+
+
+def test_accelerate_s_example():
+    (example,) = [text for text in EXAMPLES if "accelerate" in text]
+    names = {"dcd": dcd, "model": dcd.models.released.mobilenet_v2(0.1)}
+    exec(example, names)
+    assert len(dcd.report(names["model"]).taken) == 33
 
 
 def test_every_environment_variable_is_in_the_table_and_no_other():
