@@ -157,6 +157,19 @@ def test_moments_and_branch():
     assert counts == {OPS.branch: 2 * N * (24 + 16 + 19 * 4)}
 
 
+def test_a_released_layer_in_one_call():
+    layer = dcd.accelerate(dcd.models.released.PointwiseConv(CI, CO, 16).eval())
+    latent, hidden = layer.latent_channels, layer.squeeze_channels
+    x = torch.randn(N, CI, 1, 7)
+    p, phi, q = factors(latent)
+    with torch.no_grad():
+        (count,) = flops(lambda: layer(x)).values()
+        weight = layer.conv.weight
+        (product,) = flops(lambda: dcd.dcd_conv2d(x, weight, p, phi, q)).values()
+    branch = 4 * CI * hidden + hidden**2 + (CO + latent**2) * hidden
+    assert count == product + 2 * N * (branch + latent**2 + CO * latent)
+
+
 def test_gradients_of_the_branch():
     from dcd_kernels.ops import branch
 

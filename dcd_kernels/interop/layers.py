@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules import module as _modules
+from torch.utils.module_tracker import ModuleTracker
 
 # All of these are asked at every call of a patched module, hence the look-ups before the loops.
 _RANKS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # of what they read
@@ -74,3 +76,20 @@ def is_altered(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def are_watched() -> bool:
+    """Whether hooks on all modules would miss those that are not called, but for torch's own name-keeper.
+
+    That is what FlopCounterMode follows the modules with; it is to count what really runs.
+    """
+    if not _modules._has_any_global_hook():
+        return False
+    places = (
+        _modules._global_forward_pre_hooks,
+        _modules._global_forward_hooks,
+        _modules._global_backward_pre_hooks,
+        _modules._global_backward_hooks,
+    )
+    hooks = [hook for place in places for hook in place.values()]
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)

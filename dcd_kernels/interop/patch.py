@@ -88,7 +88,7 @@ class Recipe:
         """Why ``module`` has to run its own forward now; None for no reason."""
         if type(module).forward is not self.own:
             return "its class has another forward now"
-        if torch.nn.modules.module._has_any_global_hook():
+        if layers.are_watched():
             return "there are global module hooks"
         changed = self.guards.change(module)
         if changed is not None:

@@ -167,5 +167,31 @@ def branch_backward(
     return 2 * sums[0] * (_numbers(squeeze, gate) + behind + _numbers(*asked))
 
 
+@register_flop_formula(_ops.released_layer)
+def released_layer(
+    input,
+    weight,
+    bias,
+    p,
+    p_bias,
+    q,
+    q_bias,
+    squeeze,
+    squeeze_bias,
+    gate,
+    gate_bias,
+    lam,
+    lam_bias,
+    phi,
+    *others,
+    out_shape=None,
+) -> int:
+    """Its branch, Φ and the shift, P of the shift, and the pointwise product."""
+    latent, pixels = q[0], _pixels(input)
+    branch = _numbers(squeeze, gate, lam, phi) + latent**2 + weight[0] * latent
+    dynamic = madds.pointwise_residual(weight[1], weight[0], latent, 1, pixels)
+    return 2 * input[0] * (branch + weight[0] * weight[1] * pixels + dynamic)
+
+
 def _numbers(*shapes) -> int:
     return sum(math.prod(shape) for shape in shapes if shape is not None)
