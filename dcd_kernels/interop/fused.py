@@ -202,6 +202,7 @@ def is_one_call(input: Tensor, layer: ops_layer.Layer) -> bool:
         or torch.is_autocast_enabled("cpu")
         or norms.takes_moments(norm1)
         or norms.takes_moments(norm2)
+        or any(step != 1 for step in q.stride)
         or not _is_fusable(conv, input, q.stride)
     ):
         return False

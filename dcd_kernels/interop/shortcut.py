@@ -18,6 +18,7 @@ from .. import extension
 from ..backends import selection
 
 if extension.LOADED:
+    from ..ops.autograd import is_traced
     from ..ops.layer import MODULES, Layer, released_layer
 
 _geometry = operator.itemgetter("stride", "padding", "kernel_size", "groups")
@@ -73,6 +74,7 @@ class Shortcut:
             or not input.is_cpu
             or input.numel() == 0
             or torch.is_grad_enabled()
+            or is_traced()
             or torch.is_autocast_enabled("cpu")
             or selection.current() not in _BACKENDS
             or selection.is_observed()
