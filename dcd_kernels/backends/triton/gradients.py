@@ -35,6 +35,7 @@ CONFIGS = (
 # instructions, and a loop with both kinds waits for each. Eight warps, for the four accumulators, which leave
 # no room for a larger tile on sm_80.
 FUSED_CONFIGS = (Config(64, 64, 64, 8, 3),)
+_FUSED_SINGLE_CONFIGS = (Config(64, 64, 16, 8, 3),)  # for float32, whose operands take twice the registers
 _SINGLE_CONFIGS = (FUSED_CONFIGS[0], *(c for c in CONFIGS if c.block_m * c.block_n <= 2048))  # for float32
 WIDEST_FUSED = 16  # latent channels up to which dP and dQ ride along with dW0 for less than reading again
 _RUNS, _BLOCK = 16, 128  # of add_runs
@@ -273,9 +274,11 @@ def _choose(a: Image, b: Image, start, latent: int, *choice: bool) -> Config:
         ),
         *(int(a.last), int(b.last), *map(int, choice)),
     )
-    configs, least = (FUSED_CONFIGS, 64) if latent else (CONFIGS, 16)
-    if a.tensor.dtype == torch.float32 and not latent:
-        configs = _SINGLE_CONFIGS
+    single = a.tensor.dtype == torch.float32
+    if latent:
+        configs, least = _FUSED_SINGLE_CONFIGS if single else FUSED_CONFIGS, 64
+    else:
+        configs, least = _SINGLE_CONFIGS if single else CONFIGS, 16
     sides = (max(channels, least) for channels in (a_channels, b_channels))
     return choose("pixel_sums", key, fitting(configs, *sides, configs[0].block_k), start)
 
