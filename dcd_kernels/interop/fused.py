@@ -19,6 +19,7 @@ from ..nn.branch import _pool as pooled
 from . import layers, norms
 
 if extension.LOADED:
+    from ..ops import branch as ops_branch
     from ..ops import layer as ops_layer
     from ..ops.autograd import is_traced, needs_graph
 
@@ -254,9 +255,18 @@ def _coefficients(
     lam_activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """λ (N, Co) and Φ (N, L, L) in float32 or better."""
-    others = [linear for linear in (gate_layer, lam_layer, phi_layer) if linear is not None]
-    if kernels.can_run(input, squeeze.weight, *(linear.weight for linear in others))[0]:
-        lam, phi = _branch_op(input, squeeze, gate_layer, lam_layer, phi_layer, pool, gate, lam_activation)
+    linears = [squeeze, gate_layer, lam_layer, phi_layer]
+    if kernels.can_run(input, *(layer.weight for layer in linears if layer is not None))[0]:
+        bins = (input.shape[2:].numel(),) if pool == 1 else [(size + 1) // 2 for size in input.shape[2:]]
+        parameters = [(None, None) if layer is None else (layer.weight, layer.bias) for layer in linears]
+        lam, phi = ops_branch.branch(
+            ops_branch.channel_sums(input, pool),
+            1.0 / math.prod(bins),
+            *(tensor for pair in parameters for tensor in pair),
+            lam_layer.weight.shape[0],
+            ops_branch.GATES.index(gate),
+            ops_branch.LAM_ACTIVATIONS.index(lam_activation),
+        )
     else:
         with _without_autocast(input.device.type):
             hidden = linear(squeeze, pooled(input, None if pool == 1 else (pool, pool)))
@@ -268,33 +278,3 @@ def _coefficients(
             phi = linear(phi_layer, hidden)
     latent = math.isqrt(phi.shape[1])
     return lam, phi.view(phi.shape[0], latent, latent)
-
-
-def _branch_op(
-    input: Tensor,
-    squeeze: nn.Linear,
-    gate_layer: nn.Linear | None,
-    lam_layer: nn.Linear,
-    phi_layer: nn.Linear,
-    pool: int,
-    gate: str | None,
-    lam_activation: str | None,
-) -> tuple[Tensor, Tensor]:
-    from ..ops import branch as ops  # only there with the compiled extension
-
-    bins = (input.shape[2:].numel(),) if pool == 1 else [(size + 1) // 2 for size in input.shape[2:]]
-    return ops.branch(
-        ops.channel_sums(input, pool),
-        1.0 / math.prod(bins),
-        squeeze.weight,
-        squeeze.bias,
-        None if gate_layer is None else gate_layer.weight,
-        None if gate_layer is None else gate_layer.bias,
-        lam_layer.weight,
-        lam_layer.bias,
-        phi_layer.weight,
-        phi_layer.bias,
-        lam_layer.weight.shape[0],
-        ops.GATES.index(gate),
-        ops.LAM_ACTIVATIONS.index(lam_activation),
-    )
