@@ -47,6 +47,22 @@ py::dict pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t laten
     return plan;
 }
 
+// Names of the fields of a network's values and steps, and of the kinds of steps, in order: see network.h.
+py::dict network_layout() {
+    const auto names = [](const char* text) { return py::str(text).attr("split")(); };
+#define DCD_NAME(name) #name " "
+    py::dict layout;
+    layout["value"] = names(DCD_VALUE_FIELDS(DCD_NAME));
+    layout["step"] = names(DCD_STEP_FIELDS(DCD_NAME));
+    layout["kinds"] = names(DCD_STEP_KINDS(DCD_NAME));
+#undef DCD_NAME
+    layout["block"] = dcd::kBlock;
+    layout["max_taps"] = dcd::kMaxTaps;
+    layout["max_stem_taps"] = dcd::kMaxStemTaps;
+    layout["max_kernel"] = dcd::kMaxKernel;
+    return layout;
+}
+
 using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 // y = diag(lam) W0 x + P Phi Q^T x for x [N, Ci, P] on the baseline kernel in double precision, on one
@@ -90,6 +106,7 @@ PYBIND11_MODULE(_core, m) {
           py::arg("latent_channels"), py::arg("pixels"), py::arg("blocks") = 1,
           "The order a pointwise layer takes, and the multiply-adds of its residual for one sample in each "
           "order.");
+    m.def("network_layout", &network_layout, "How the program of a network is written.");
     m.def("pointwise", &pointwise, py::arg("input"), py::arg("weight"), py::arg("p"), py::arg("phi"),
           py::arg("q"), py::arg("lam"),
           "The float64 pointwise kernel on NumPy arrays (N, in_channels, pixels), one thread.");

@@ -11,6 +11,7 @@ from . import extension, models, nn, reference
 from .backends.selection import use_backend
 from .explain import explain
 from .functional import dcd_apply, dcd_conv1d, dcd_conv2d, dcd_conv3d, dcd_linear, latent_moments
+from .inference import optimize_for_inference
 from .interop import accelerate, report, restore
 from .nn import convert
 
@@ -32,6 +33,7 @@ __all__ = [
     "latent_moments",
     "models",
     "nn",
+    "optimize_for_inference",
     "reference",
     "report",
     "restore",

@@ -69,11 +69,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The dynamic operators of one call, in the order in which they ran; print it."""
+    """The dynamic operators of one call, in the order in which they ran; print it.
+
+    ``network`` is the table of a network that runs as a whole, whose operators are not called one by one.
+    """
 
     calls: tuple[Call, ...]
+    network: str = ""
 
     def __str__(self) -> str:
+        if self.network:
+            return self.network
         if not self.calls:
             return "no dynamic operator was called"
         lines = []
@@ -115,6 +121,10 @@ def explain(fn_or_module: Callable, *args, **kwargs) -> Explanation:
     if not callable(fn_or_module):
         raise TypeError(f"explain: fn_or_module must be callable, got {type(fn_or_module).__name__}")
     fn_or_module = getattr(fn_or_module, "_orig_mod", fn_or_module)  # what torch.compile(module) wraps
+    from .inference.optimize import OptimizedNetwork  # which is built on all that this module explains
+
+    if isinstance(fn_or_module, OptimizedNetwork):
+        return fn_or_module.explain(*args, **kwargs)
     calls: list[Call] = []
     names: list[str] = []
     demanded = selection.current()

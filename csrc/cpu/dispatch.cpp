@@ -22,10 +22,11 @@ struct InstructionSet {
     const char* name;
     bool usable;
     const Kernels<float>* kernels;
+    void (*network)(const NetworkCall&, const Runtime&);
 };
 
 const InstructionSet* instruction_sets(int* count) {
-#define DCD_ROW(name, usable) {#name, usable, &name::kernels_float},
+#define DCD_ROW(name, usable) {#name, usable, &name::kernels_float, &name::run_network},
     static const InstructionSet sets[] = {DCD_INSTRUCTION_SETS(DCD_ROW)};
 #undef DCD_ROW
     *count = static_cast<int>(sizeof(sets) / sizeof(sets[0]));
@@ -73,6 +74,10 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
     return baseline::kernels_double;
+}
+
+void run_network(const NetworkCall& call, const Runtime& runtime) {
+    current().load()->network(call, runtime);
 }
 
 }  // namespace dcd

@@ -2,6 +2,7 @@
 // The table of kernels that every instruction set fills, and the choice among them.
 #pragma once
 
+#include "../network.h"
 #include "latent_map.h"
 #include "params.h"
 
@@ -39,9 +40,10 @@ struct Kernels {
 #    define DCD_INSTRUCTION_SETS(X) X(baseline, true)
 #endif
 
-#define DCD_DECLARE(name, usable)              \
-    namespace name {                           \
-    extern const Kernels<float> kernels_float; \
+#define DCD_DECLARE(name, usable)                         \
+    namespace name {                                      \
+    extern const Kernels<float> kernels_float;            \
+    void run_network(const NetworkCall&, const Runtime&); \
     }
 DCD_INSTRUCTION_SETS(DCD_DECLARE)
 #undef DCD_DECLARE
@@ -55,5 +57,6 @@ bool set_instruction_set(const char* name);  // false: unknown here or not suppo
 bool supports_instruction_set(const char* name);
 template <class T>
 const Kernels<T>& kernels();
+void run_network(const NetworkCall& call, const Runtime& runtime);
 
 }  // namespace dcd

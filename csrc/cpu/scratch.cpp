@@ -22,11 +22,11 @@ struct Arena {
 };
 
 // A few of the largest layers in use; a rare call that needs more pays for its pages each time.
-constexpr int64_t kKept = int64_t(16) << 20;
+constexpr int64_t kKept = int64_t(16) << 20, kKeptNetwork = int64_t(128) << 20;
 
 Arena& arena_for(Scratch use) {
-    static thread_local Arena arenas[2];
-    return arenas[use == Scratch::kShared];
+    static thread_local Arena arenas[3];
+    return arenas[static_cast<int>(use)];
 }
 
 }  // namespace
@@ -50,7 +50,7 @@ void* scratch(int64_t bytes, Scratch use) {
 
 void trim_scratch(Scratch use) {
     Arena& arena = arena_for(use);
-    if (arena.size <= kKept) return;
+    if (arena.size <= (use == Scratch::kNetwork ? kKeptNetwork : kKept)) return;
     std::free(arena.data);
     arena.data = nullptr;
     arena.size = 0;

@@ -6,8 +6,9 @@
 
 namespace dcd {
 
-// A task's own memory, and what the caller of parallel() shares with the tasks.
-enum class Scratch { kTask, kShared };
+// A task's own memory, what the caller of parallel() shares with the tasks, and the images of a whole
+// network.
+enum class Scratch { kTask, kShared, kNetwork };
 
 // 64-byte aligned memory of this thread; the next call for the same use may hand out the same bytes again.
 // Kept because a kernel of 50 us cannot afford to fault in a fresh megabyte; given back when the thread ends.

@@ -119,10 +119,17 @@ def restore(model: nn.Module) -> nn.Module:
 def report(model: nn.Module) -> Report:
     """What :func:`accelerate` did with ``model``, or would do: a :class:`Report`, printed as a table.
 
+    Of a module that :func:`dcd_kernels.optimize_for_inference` returned: what runs for each of its modules,
+    and why those run as they are written that do.
+
     Raises:
         TypeError: ``model`` is not a module.
     """
     _require_module("report", model)
+    from ..inference.optimize import OptimizedNetwork, entries_of  # it is built on this module
+
+    if isinstance(model, OptimizedNetwork):
+        return Report([Entry(*entry) for entry in entries_of(model)])
     entries = []
     for name, module in _candidates(model):
         installed = patch.recipe_of(module)
@@ -160,6 +167,18 @@ def _examined(module: nn.Module) -> tuple[patch.Recipe | None, str]:
     except (Untraceable, match.NoMatch, probe.Differs) as error:
         return None, str(error)
     return recipe, recipe.summary
+
+
+def recipes(model: nn.Module, known: set[nn.Module]) -> dict[nn.Module, patch.Recipe]:
+    """The modules of ``model``, but for the ``known`` ones, that are the decomposition, patched or not."""
+    found = {}
+    for _, module in _candidates(model):
+        if module in known:
+            continue
+        recipe = patch.recipe_of(module) or _examined(module)[0]
+        if recipe is not None:
+            found[module] = recipe
+    return found
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:

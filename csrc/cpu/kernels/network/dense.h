@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// y = act(lam (W * x + static_bias) + P Phi (Q^T x + latent_bias) + bias + skip) for one sample, by the
+// cheaper of two orders: factored, with the latent of all pixels formed first, or synthesised, where each
+// pair of planes of W_n = diag(lam) W + Q Phi^T P^T is formed in the first-level cache and then multiplied
+// with all pixels.
+#pragma once
+
+#include "frame.h"
+
+namespace dcd::DCD_ISA::net {
+
+// Multiply-adds that the dynamic residual adds to one sample; whole vectors of the latent are computed.
+static inline bool synthesis_pays(const NetworkStep& s, int64_t pixels) {
+    const int64_t wide = planes_of(s.latent) * kBlock, taps = s.kernel_h * s.kernel_w;
+    return taps == 1 && s.latent &&
+           s.out_channels * (s.in_channels * (s.latent + 1) + s.latent * s.latent) <
+               pixels * (s.in_channels * wide + s.latent * wide + s.latent * s.out_channels);
+}
+
+// [planes, rows, 16]: the matrix of `rows` rows that W_n, or a filter of a depthwise layer, is for one
+// sample: lam fixed + left Phi^T P^T. left [planes L, rows, 16], fixed [planes, rows, 16].
+template <class T>
+struct Synthesis {
+    const T *left, *fixed, *p;
+    int64_t rows, latent;
+    const T *lam, *phi;  // [planes, 16] or null; [planes L (row), L (column), 16]
+
+    static int64_t scratch_size(int64_t latent, int64_t rows, int64_t planes) {
+        return planes * kBlock * (latent + rows + 1);
+    }
+};
+
+// For planes [plane, plane + planes): `to` gets the rows; `fused` [planes, L, 16] the product P Phi.
+template <class S>
+static void synthesise(const Synthesis<typename S::Scalar>& s, int64_t plane, int64_t planes,
+                       typename S::Scalar* fused, typename S::Scalar* to) {
+    using T = typename S::Scalar;
+    const int64_t none = 0;
+    Product<T> fuse;
+    fuse.taps = &none, fuse.tap_count = 1, fuse.channels = s.latent;
+    fuse.weight = s.p + plane * s.latent * kBlock, fuse.weight_plane = s.latent * kBlock;
+    fuse.input_plane = s.latent * kBlock, fuse.output_plane = s.latent * kBlock;
+    product_rows<S>(fuse, 0, planes, {s.phi, nullptr, nullptr, fused}, {}, s.latent, 0, 1);
+    Product<T> sum;
+    sum.taps = &none, sum.tap_count = 1, sum.channels = s.latent;
+    sum.weight = fused, sum.weight_plane = s.latent * kBlock;
+    sum.input_plane = sum.skip_plane = sum.output_plane = s.rows * kBlock;
+    sum.skip_scale = s.lam ? s.lam + plane * kBlock : nullptr;
+    product_rows<S>(sum, 0, planes, {s.left, nullptr, s.fixed + plane * s.rows * kBlock, to}, {}, s.rows, 0,
+                    1);
+}
+
+// One dense step on one sample. Made once; then any planes of any rows, from any thread.
+template <class S>
+class Dense {
+  public:
+    using T = typename S::Scalar;
+
+    Dense(const Frame<T>& frame, const NetworkStep& s, int64_t sample)
+        : step_(s), x_(frame.image(s.input, sample)), size_(frame.call.places[s.output]) {
+        const T* coefficients = frame.vector(s.coefficients, sample);
+        const T* phi =
+            coefficients ? coefficients + (s.lam_channels ? planes_of(s.out_channels) * kBlock : 0) : nullptr;
+        int64_t tap_count = 0;
+        for (int64_t y = 0; y < s.kernel_h; ++y)
+            for (int64_t x = 0; x < s.kernel_w; ++x)
+                taps_[tap_count++] =
+                    (y * s.dilation_h - s.padding_h) * x_.row + (x * s.dilation_w - s.padding_w) * kBlock;
+        const int64_t weight_plane = tap_count * s.in_channels * kBlock;
+        product_.weight = frame.constant(s.weight), product_.weight_plane = weight_plane;
+        product_.taps = taps_, product_.tap_count = tap_count;
+        product_.channels = s.in_channels, product_.input_plane = x_.plane;
+        product_.pixel = s.stride_w * kBlock;
+        product_.static_bias = frame.constant(s.static_bias), product_.bias = frame.constant(s.bias);
+        product_.lam = s.lam_channels ? coefficients : nullptr;
+        product_.activation = static_cast<int>(s.activation);
+        synthesised_ = synthesis_pays(s, size_.height * size_.width);
+        if (synthesised_) {
+            synthesis_ = {frame.constant(s.q),
+                          product_.weight,
+                          frame.constant(s.p),
+                          s.in_channels,
+                          s.latent,
+                          product_.lam,
+                          phi};
+            latent_bias_ = frame.constant(s.latent_bias);
+        } else if (s.latent) {
+            project(frame, phi);
+        }
+    }
+
+    Dense(const Dense&) = delete;
+    Dense& operator=(const Dense&) = delete;
+
+    // Elements that a task needs to work on a few planes.
+    static int64_t scratch_size(const NetworkStep& s, int64_t planes) {
+        return s.latent ? Synthesis<T>::scratch_size(s.latent, s.in_channels, planes) : 0;
+    }
+
+    // The product for these planes, whose weights, if they are synthesised, lie in `memory` from now on.
+    Product<T> open(int64_t plane, int64_t planes, T* memory) const {
+        Product<T> product = product_;
+        if (!synthesised_) return product;
+        T* fused = memory;
+        T* weight = fused + planes * step_.latent * kBlock;
+        T* bias = weight + planes * step_.in_channels * kBlock;
+        synthesise<S>(synthesis_, plane, planes, fused, weight);
+        // every operand is addressed by its plane
+        const auto from_zero = [plane](T* p, int64_t size) { return p - plane * size; };
+        const T* constant = product_.bias;
+        if (latent_bias_) {
+            const int64_t none = 0;
+            Product<T> shift;
+            shift.taps = &none, shift.tap_count = 1, shift.channels = step_.latent;
+            shift.weight = fused, shift.weight_plane = step_.latent * kBlock;
+            shift.input_plane = kBlock, shift.output_plane = kBlock, shift.skip_plane = kBlock;
+            shift.bias = constant ? constant + plane * kBlock : nullptr;
+            product_rows<S>(shift, 0, planes, {latent_bias_, nullptr, nullptr, bias}, {}, 1, 0, 1);
+            product.bias = from_zero(bias, kBlock);
+        }
+        if (product_.static_bias) {  // not scaled by anything behind the synthesis
+            for (int64_t i = 0; i < planes * kBlock; ++i) {
+                const int64_t o = plane * kBlock + i;
+                const T scaled = product_.static_bias[o] * (product_.lam ? product_.lam[o] : T(1));
+                bias[i] = scaled + (latent_bias_ ? bias[i] : constant ? constant[o] : T(0));
+            }
+            product.bias = from_zero(bias, kBlock);
+        }
+        product.weight = from_zero(weight, step_.in_channels * kBlock);
+        product.weight_plane = step_.in_channels * kBlock;
+        product.lam = product.static_bias = nullptr;
+        return product;
+    }
+
+    // Rows [y0, y1) of these planes into `to`, whose row 0 and first plane it is.
+    void rows(Product<T>& product, int64_t plane, int64_t planes, int64_t y0, int64_t y1, const Image<T>& to,
+              const T* skip, int64_t skip_plane, int64_t skip_row) const {
+        product.output_plane = to.plane, product.skip_plane = skip_plane;
+        int64_t width = size_.width;
+        if (product.tap_count == 1 && step_.stride_h == 1 && step_.stride_w == 1 && x_.is_dense() &&
+            to.is_dense() && x_.width == width && (!skip || skip_row == width * kBlock)) {
+            // one long row
+            const int64_t begin = y0 * width, pixels = (y1 - y0) * width;
+            product_rows<S>(product, plane, planes,
+                            {x_.data + begin * kBlock, latent_ ? latent_ + begin * kBlock : nullptr,
+                             skip ? skip + begin * kBlock : nullptr, to.data + begin * kBlock},
+                            {}, pixels, 0, 1);
+            return;
+        }
+        product_rows<S>(product, plane, planes, {x_.data, latent_, skip, to.data},
+                        {step_.stride_h * x_.row, width * kBlock, skip_row, to.row}, width, y0, y1);
+    }
+
+  private:
+    // T' = Phi (Q^T x + latent_bias) of all output pixels
+    void project(const Frame<T>& frame, const T* phi) {
+        const NetworkStep& s = step_;
+        const int64_t planes = planes_of(s.latent), pixels = size_.height * size_.width;
+        T* latent = frame.work;
+        T* mixed = latent + planes * pixels * kBlock;
+        const int64_t centre = ((s.kernel_h / 2) * s.dilation_h - s.padding_h) * x_.row +
+                               ((s.kernel_w / 2) * s.dilation_w - s.padding_w) * kBlock;
+        Product<T> first;
+        first.taps = &centre, first.tap_count = 1, first.channels = s.in_channels;
+        first.weight = frame.constant(s.q), first.weight_plane = s.in_channels * kBlock;
+        first.input_plane = x_.plane, first.pixel = s.stride_w * kBlock;
+        first.bias = frame.constant(s.latent_bias), first.output_plane = pixels * kBlock;
+        const int64_t none = 0;
+        Product<T> second;
+        second.taps = &none, second.tap_count = 1, second.channels = s.latent;
+        second.weight = phi, second.weight_plane = s.latent * kBlock;
+        second.input_plane = second.output_plane = pixels * kBlock;
+        const bool flat = centre == 0 && s.stride_h == 1 && s.stride_w == 1 && x_.is_dense();
+        const int64_t height = flat ? 1 : size_.height, width = flat ? pixels : size_.width;
+        const Rows rows{s.stride_h * x_.row, 0, 0, width * kBlock};
+        for (int64_t plane = 0; plane < planes; ++plane)
+            product_rows<S>(first, plane, 1, {x_.data, nullptr, nullptr, latent + plane * pixels * kBlock},
+                            rows, width, 0, height);
+        for (int64_t plane = 0; plane < planes; ++plane)
+            product_rows<S>(second, plane, 1, {latent, nullptr, nullptr, mixed + plane * pixels * kBlock}, {},
+                            pixels, 0, 1);
+        latent_ = mixed;
+        product_.p = frame.constant(s.p), product_.p_plane = s.latent * kBlock;
+        product_.latent = s.latent, product_.latent_plane = pixels * kBlock;
+    }
+
+    const NetworkStep& step_;
+    const Image<T> x_;
+    const NetworkPlace& size_;
+    int64_t taps_[kMaxTaps];
+    Product<T> product_;
+    bool synthesised_ = false;
+    Synthesis<T> synthesis_{};
+    const T* latent_bias_ = nullptr;
+    const T* latent_ = nullptr;
+};
+
+// How a step's work is shared out: as many parts of its planes as there are threads, and where there are too
+// few planes for that, parts of its rows.
+struct Shares {
+    int64_t planes, parts;  // planes of a task, parts of the rows
+    Shares(int64_t all_planes, int64_t at_once, int64_t rows, int64_t threads) : planes(at_once) {
+        const int64_t groups = (all_planes + at_once - 1) / at_once;
+        parts = threads <= 1 || groups >= 2 * threads ? 1 : smaller(rows, threads);
+    }
+};
+
+template <class S>
+static void dense(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
+    using T = typename S::Scalar;
+    const Dense<S> work(frame, s, sample);
+    const Image<T> to = frame.image(s.output, sample);
+    const Image<T> skip = s.skip < 0 ? Image<T>{} : frame.image(s.skip, sample);
+    const int64_t planes = planes_of(s.out_channels);
+    const Shares shares(planes, TileLimits<S>::kPlanes, to.height, frame.runtime.threads);
+    const int64_t groups = (planes + shares.planes - 1) / shares.planes;
+    frame.clear_halo(s.output, sample);
+    parallel(frame.runtime, groups * shares.parts, [&](int64_t task) {
+        const int64_t plane = task / shares.parts * shares.planes, part = task % shares.parts;
+        const int64_t count = smaller(shares.planes, planes - plane);
+        T* memory =
+            static_cast<T*>(scratch(Dense<S>::scratch_size(s, count) * static_cast<int64_t>(sizeof(T))));
+        Product<T> product = work.open(plane, count, memory);
+        Image<T> image = to;
+        image.data += plane * to.plane;
+        work.rows(product, plane, count, part * to.height / shares.parts,
+                  (part + 1) * to.height / shares.parts, image,
+                  skip.data ? skip.data + plane * skip.plane : nullptr, skip.plane, skip.row);
+    });
+}
+
+}  // namespace dcd::DCD_ISA::net

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// One run of a network over some of its samples: where each value lies.
+#pragma once
+
+#include "../../../network.h"
+#include "../threads.h"
+#include "tile.h"
+
+namespace dcd::DCD_ISA::net {
+
+static inline int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+// One sample of a value; data is the first pixel inside the halo.
+template <class T>
+struct Image {
+    T* data = nullptr;
+    int64_t plane = 0, row = 0, height = 1, width = 1;
+    bool is_dense() const { return row == width * kBlock; }
+};
+
+template <class T>
+class Frame {
+  public:
+    const NetworkCall& call;
+    const Runtime runtime;  // for what is inside a step
+    const int64_t first;    // sample of the call
+    T* const memory;
+    T* const work;  // what a step needs besides its values, and shares with its tasks
+
+    Frame(const NetworkCall& call, const Runtime& runtime, int64_t first)
+        : call(call),
+          runtime(runtime),
+          first(first),
+          memory(static_cast<T*>(
+              scratch((call.memory + call.work) * static_cast<int64_t>(sizeof(T)), Scratch::kNetwork))),
+          work(memory + call.memory) {}
+
+    const T* constant(int64_t offset) const { return offset < 0 ? nullptr : call.constants + offset; }
+
+    Image<T> image(int64_t v, int64_t sample) const {
+        const NetworkValue& value = call.program.values[v];
+        const NetworkPlace& place = call.places[v];
+        Image<T> image;
+        image.height = place.height, image.width = place.width;
+        image.row = (image.width + 2 * value.halo_w) * kBlock;
+        image.plane = (image.height + 2 * value.halo_h) * image.row;
+        image.data = memory + place.begin + (value.shared ? 0 : sample) * place.sample +
+                     value.halo_h * image.row + value.halo_w * kBlock;
+        return image;
+    }
+
+    // A vector of `sample`; image() of the same value with one pixel.
+    T* vector(int64_t v, int64_t sample) const { return v < 0 ? nullptr : image(v, sample).data; }
+    int64_t vector_stride(int64_t v) const {
+        return call.program.values[v].shared ? 0 : call.places[v].sample;
+    }
+
+    // Zeros around an image whose readers look beyond it.
+    void clear_halo(int64_t v, int64_t sample) const {
+        const NetworkValue& value = call.program.values[v];
+        if (!value.halo_h && !value.halo_w) return;
+        const Image<T> image = this->image(v, sample);
+        const int64_t side = value.halo_w * kBlock;
+        for (int64_t c = 0; c < planes_of(value.channels); ++c) {
+            T* plane = image.data + c * image.plane - value.halo_h * image.row - side;
+            fill(plane, value.halo_h * image.row + side);
+            for (int64_t y = 0; y + 1 < image.height; ++y)
+                fill(plane + (value.halo_h + y + 1) * image.row - side, 2 * side);
+            fill(plane + (value.halo_h + image.height) * image.row - side, value.halo_h * image.row + side);
+        }
+    }
+
+    static void fill(T* p, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) p[i] = T(0);
+    }
+};
+
+}  // namespace dcd::DCD_ISA::net

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Runs the steps of a network: samples are shared out to the threads, each with a piece of memory of its own;
+// where there are fewer samples than threads, every step shares out its own work.
+#pragma once
+
+#include <limits>
+#include <optional>
+
+#include "depthwise.h"
+#include "images.h"
+#include "linear.h"
+
+namespace dcd::DCD_ISA::net {
+
+// One step, for samples [n0, n1) of the frame.
+template <class S>
+static void step(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t n0, int64_t n1) {
+    if (s.kind == kLinear) return linear<S>(frame, s, n0, n1 - n0);
+    if (s.kind == kBranch) return branch<S>(frame, s, n0, n1 - n0);
+    for (int64_t n = n0; n < n1; ++n) {
+        switch (s.kind) {
+            case kStem:
+                stem<S>(frame, s, n);
+                break;
+            case kDense:
+                dense<S>(frame, s, n);
+                break;
+            case kDepthwise:
+                depthwise<S>(frame, s, n);  // its means come with it where there is one region
+                break;
+            case kMaxPool:
+                max_pool<S>(frame, s, n);
+                break;
+            case kAdd:
+                add<S>(frame, s, n);
+                break;
+            case kImport:
+                import <S>(frame, s, n);
+                break;
+            case kExport:
+                export_<S>(frame, s, n);
+                break;
+            default:
+                break;
+        }
+        if (s.pooled >= 0 && !(s.kind == kDepthwise && s.bins == 1))
+            pool<S>(frame.image(s.kind == kPool ? s.input : s.output, n), planes_of(s.out_channels), s.bins,
+                    frame.vector(s.pooled, n));
+    }
+}
+
+template <class S>
+static void run(const NetworkCall& call, const Runtime& runtime) {
+    parallel(runtime, call.shares, [&](int64_t share) {
+        Runtime own = runtime;
+        if (call.shares > 1) own.threads = 1;
+        const int64_t first = share * call.batch / call.shares,
+                      samples = (share + 1) * call.batch / call.shares - first;
+        const Frame<typename S::Scalar> frame(call, own, first);
+        const NetworkStep *at = call.program.steps, *end = at + call.program.step_count;
+        while (at < end) {
+            const NetworkStep* next = at;
+            while (next < end && next->stage == at->stage) ++next;
+            if (next - at == 1) {
+                if (!at->streamed) step<S>(frame, *at, 0, samples);
+            } else {
+                for (int64_t n = 0; n < samples; ++n)
+                    for (const NetworkStep* s = at; s < next; ++s)
+                        if (!s->streamed) step<S>(frame, *s, n, n + 1);
+            }
+            at = next;
+        }
+        trim_scratch(Scratch::kNetwork);
+    });
+}
+
+}  // namespace dcd::DCD_ISA::net

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The inner loop of a network's dense layers: some pixels x one or two planes of channels, held in registers,
+//   y = act(lam (sum over taps W x + static_bias) + P t + bias + skip_scale skip).
+// The distance of neighbouring pixels is known when this is compiled, so that a row of them has one address.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "../../../network.h"
+#include "../tile.h"
+
+namespace dcd::DCD_ISA::net {
+
+template <class T>
+struct Product {
+    // The static part: weight [planes Co, taps, Ci, 16]
+    const T* weight = nullptr;
+    int64_t weight_plane = 0;
+    const int64_t* taps = nullptr;  // where each tap reads, from a pixel's first one
+    int64_t tap_count = 0, channels = 0;
+    int64_t input_plane = 0, pixel = kBlock;  // distance of planes, and of what neighbouring outputs read
+    const T* static_bias = nullptr;           // [planes Co, 16] or null, as are lam, bias and skip_scale
+    const T* lam = nullptr;
+    // The dynamic part: p [planes Co, L, 16], the mixed latent [planes L, pixels, 16]
+    const T* p = nullptr;
+    int64_t p_plane = 0, latent = 0, latent_plane = 0;
+    const T* bias = nullptr;
+    const T* skip_scale = nullptr;
+    int64_t skip_plane = 0, output_plane = 0;
+    int activation = kNone;
+};
+
+// Where one tile reads and writes: its first pixel, the first of its planes.
+template <class T>
+struct Places {
+    const T* input;
+    const T* latent;
+    const T* skip;
+    T* output;
+};
+
+template <class S>
+struct TileLimits {
+    static constexpr int kVectors = kBlock / S::kLanes;  // of a plane
+    static constexpr int kPlanes = S::kRegisters == 32 ? 2 : 1;
+    static constexpr int kPixels = S::kRegisters == 32 ? 14 : 12 / kVectors;
+};
+
+// The smallest and the largest value that an activation lets through, where that is all it does.
+template <class T>
+static inline bool is_clamp(int activation, T& low, T& high) {
+    constexpr T kAll = std::numeric_limits<T>::infinity();
+    low = activation == kNone ? -kAll : T(0);
+    high = activation == kRelu6 ? T(6) : kAll;
+    return activation <= kRelu6;
+}
+
+template <class S, int PIXELS, int PLANES, int STEP>
+struct Tile {
+    using T = typename S::Scalar;
+    using V = typename S::Vec;
+    static constexpr int W = S::kLanes, VECTORS = TileLimits<S>::kVectors, ALL = PLANES * VECTORS;
+
+    // The weights of `count` channels of one tap.
+    template <int STRIDE>
+    __attribute__((always_inline)) static inline void multiply(V (&acc)[PIXELS][ALL], const T* x,
+                                                               int64_t pixel, const T*& w,
+                                                               int64_t weight_plane, int64_t count) {
+        const int64_t step = STRIDE ? STRIDE : pixel;
+        for (int64_t k = 0; k < count; ++k, w += kBlock) {
+            V weight[ALL];
+#pragma GCC unroll 8
+            for (int j = 0; j < ALL; ++j)
+                weight[j] = S::load(w + (j / VECTORS) * weight_plane + (j % VECTORS) * W);
+#pragma GCC unroll 16
+            for (int i = 0; i < PIXELS; ++i) {
+                const V value = S::set1(x[i * step + k]);
+#pragma GCC unroll 8
+                for (int j = 0; j < ALL; ++j) acc[i][j] = S::fma(value, weight[j], acc[i][j]);
+            }
+        }
+    }
+
+    template <int STRIDE>
+    __attribute__((always_inline)) static inline void planes(V (&acc)[PIXELS][ALL], const T* x,
+                                                             int64_t input_plane, int64_t pixel, const T*& w,
+                                                             int64_t weight_plane, int64_t channels) {
+        for (; channels >= kBlock; channels -= kBlock, x += input_plane)
+            multiply<STRIDE>(acc, x, pixel, w, weight_plane, kBlock);
+        if (channels) multiply<STRIDE>(acc, x, pixel, w, weight_plane, channels);
+    }
+
+    template <class F>
+    __attribute__((always_inline)) static inline void each(V (&acc)[PIXELS][ALL], const F& f) {
+#pragma GCC unroll 16
+        for (int i = 0; i < PIXELS; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < ALL; ++j) acc[i][j] = f(acc[i][j], i, j);
+    }
+
+    static void run(const Product<T>& s, int64_t plane, const Places<T>& at) {
+        V acc[PIXELS][ALL];
+        const bool plain = !s.lam && !s.static_bias;
+        const T* start = plain ? s.bias : s.static_bias;
+        if (start) {
+            start += plane * kBlock;
+            each(acc, [&](V, int, int j) { return S::load(start + j * W); });
+        } else {
+            each(acc, [](V, int, int) { return S::zero(); });
+        }
+        const T* w = s.weight + plane * s.weight_plane;
+        for (int64_t t = 0; t < s.tap_count; ++t)
+            planes<STEP>(acc, at.input + s.taps[t], s.input_plane, s.pixel, w, s.weight_plane, s.channels);
+        if (s.lam) {
+            V lam[ALL];
+#pragma GCC unroll 8
+            for (int j = 0; j < ALL; ++j) lam[j] = S::load(s.lam + plane * kBlock + j * W);
+            each(acc, [&](V a, int, int j) { return S::mul(a, lam[j]); });
+        }
+        if (s.latent) {
+            const T* p = s.p + plane * s.p_plane;
+            planes<kBlock>(acc, at.latent, s.latent_plane, kBlock, p, s.p_plane, s.latent);
+        }
+        if (!plain && s.bias) {
+            const T* bias = s.bias + plane * kBlock;
+            each(acc, [&](V a, int, int j) { return S::add(a, S::load(bias + j * W)); });
+        }
+        if (at.skip) {
+            const auto skip = [&](int i, int j) {
+                return S::load(at.skip + (j / VECTORS) * s.skip_plane + i * kBlock + (j % VECTORS) * W);
+            };
+            if (s.skip_scale) {
+                const T* scale = s.skip_scale + plane * kBlock;
+                each(acc, [&](V a, int i, int j) { return S::fma(S::load(scale + j * W), skip(i, j), a); });
+            } else {
+                each(acc, [&](V a, int i, int j) { return S::add(a, skip(i, j)); });
+            }
+        }
+        T low, high;
+        if (is_clamp(s.activation, low, high)) {
+            const V lower = S::set1(low), upper = S::set1(high);
+            if (s.activation != kNone)
+                each(acc, [&](V a, int, int) { return S::min(upper, S::max(lower, a)); });
+        } else {
+            each(acc, [&](V a, int, int) { return activate<S>(a, s.activation); });
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < PIXELS; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < ALL; ++j)
+                S::store(at.output + (j / VECTORS) * s.output_plane + i * kBlock + (j % VECTORS) * W,
+                         acc[i][j]);
+    }
+};
+
+template <class S>
+using RunTile = void (*)(const Product<typename S::Scalar>&, int64_t, const Places<typename S::Scalar>&);
+
+template <class S, int PLANES, int STEP, int... PIXELS>
+constexpr std::array<RunTile<S>, sizeof...(PIXELS)> tiles(std::integer_sequence<int, PIXELS...>) {
+    return {&Tile<S, PIXELS + 1, PLANES, STEP>::run...};
+}
+
+// For the distance `pixel` of neighbouring pixels: by the number of pixels, less one.
+template <class S, int PLANES>
+static inline const RunTile<S>* tiles_for(int64_t pixel) {
+    using Counts = std::make_integer_sequence<int, TileLimits<S>::kPixels>;
+    static constexpr auto kNear = tiles<S, PLANES, kBlock>(Counts{}),
+                          kStrided = tiles<S, PLANES, 2 * kBlock>(Counts{}),
+                          kStem = tiles<S, PLANES, 2>(Counts{}), kAny = tiles<S, PLANES, 0>(Counts{});
+    return pixel == kBlock       ? kNear.data()
+           : pixel == 2 * kBlock ? kStrided.data()
+           : pixel == 2          ? kStem.data()
+                                 : kAny.data();
+}
+
+template <class S>
+static inline const RunTile<S>* tiles_for(int64_t pixel, int64_t planes) {
+    if constexpr (TileLimits<S>::kPlanes == 2)
+        if (planes == 2) return tiles_for<S, 2>(pixel);
+    return tiles_for<S, 1>(pixel);
+}
+
+// What the rows of an image are apart in each operand.
+struct Rows {
+    int64_t input = 0, latent = 0, skip = 0, output = 0;
+};
+
+// Rows [y0, y1) of planes [plane, plane + planes) of the result, planes at most kPlanes; `at` is row 0.
+template <class S>
+static void product_rows(const Product<typename S::Scalar>& s, int64_t plane, int64_t planes,
+                         const Places<typename S::Scalar>& at, const Rows& rows, int64_t width, int64_t y0,
+                         int64_t y1) {
+    constexpr int64_t kPixels = TileLimits<S>::kPixels;
+    const RunTile<S>* run = tiles_for<S>(s.pixel, planes);
+    const int64_t tiles = (width + kPixels - 1) / kPixels;
+    for (int64_t y = y0; y < y1; ++y)
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t x = t * width / tiles, count = (t + 1) * width / tiles - x;
+            run[count - 1](s, plane,
+                           {at.input ? at.input + y * rows.input + x * s.pixel : nullptr,
+                            at.latent ? at.latent + y * rows.latent + x * kBlock : nullptr,
+                            at.skip ? at.skip + y * rows.skip + x * kBlock : nullptr,
+                            at.output + y * rows.output + x * kBlock});
+        }
+}
+
+}  // namespace dcd::DCD_ISA::net

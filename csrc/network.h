@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A whole network as data: values (images and vectors) and the steps that make them. dcd_kernels::network
+// runs it; dcd_kernels/inference writes it, with the names below, which _core hands to Python.
+#pragma once
+
+#include <cstdint>
+
+namespace dcd {
+
+// Images lie in memory as [N, planes, H, W, 16]: sixteen neighbouring channels are neighbours, whatever the
+// instruction set, and the last plane is filled up with zeros. Weights follow: [planes of Co, taps, Ci, 16].
+constexpr int64_t kBlock = 16;
+
+inline int64_t planes_of(int64_t channels) {
+    return (channels + kBlock - 1) / kBlock;
+}
+
+enum StepKind : int64_t {
+    kStem,       // y = act(W * x + bias), x a tensor of few channels in any layout
+    kDense,      // y = act(lam (W * x + static_bias) + P Phi (Q^T x + latent_bias) + bias + skip), groups = 1
+    kDepthwise,  // y = act(lam W * x + (P Phi R^T) * x + bias); x may be the output of a streamed step
+    kLinear,     // as kDense for vectors
+    kBranch,     // lam = act(expand gate(squeeze x)), Phi likewise, from a pooled x
+    kPool,       // means over bins x bins regions
+    kMaxPool,
+    kAdd,     // y = act(x + skip)
+    kImport,  // from a tensor
+    kExport,  // to a tensor
+    kStepKinds
+};
+
+#define DCD_STEP_KINDS(X) \
+    X(stem) X(dense) X(depthwise) X(linear) X(branch) X(pool) X(max_pool) X(add) X(import) X(export)
+
+// What is -1 is absent. Values and steps are meant by number, constants by where they begin in `constants`.
+// clang-format off
+#define DCD_STEP_FIELDS(X) \
+    X(kind) \
+    X(stage) /* steps of one stage, if several, run sample by sample */ \
+    X(streamed) /* 1: not run by itself but row by row, by the depthwise step that reads it */ \
+    X(producer) /* the streamed step that makes a depthwise step's input */ \
+    X(tensor) /* which of the op's inputs or outputs kStem, kImport and kExport mean */ \
+    X(input) /* value */ \
+    X(output) /* value */ \
+    X(skip) /* value that is added */ \
+    X(coefficients) /* value: lam [planes Co, 16], Phi [planes L (row), L (column), 16 (row)] */ \
+    X(pooled) /* value: the output's means, [bins, bins, planes, 16] */ \
+    X(bins) \
+    X(in_channels) \
+    X(out_channels) \
+    X(kernel_h) \
+    X(kernel_w) \
+    X(stride_h) \
+    X(stride_w) \
+    X(padding_h) \
+    X(padding_w) \
+    X(dilation_h) \
+    X(dilation_w) \
+    X(activation) /* Activation */ \
+    X(weight) /* [planes Co, taps, Ci, 16]; depthwise [planes C, taps, 16] */ \
+    X(static_bias) /* [planes Co, 16], scaled by lam */ \
+    X(bias) /* [planes Co, 16] */ \
+    X(lam_channels) /* in whole planes; 0: no lam */ \
+    X(latent) /* L; 0: no dynamic residual */ \
+    X(p) /* [planes Co, L, 16] */ \
+    X(q) /* [planes L, Ci, 16]; depthwise R, [planes L, taps, 16] */ \
+    X(latent_bias) /* [planes L, 16] */ \
+    X(hidden) /* kBranch: units behind the squeeze */ \
+    X(squeeze) /* like kLinear's weight, as are gate and expand */ \
+    X(squeeze_bias) /* like kLinear's bias */ \
+    X(gate) \
+    X(gate_bias) \
+    X(expand) \
+    X(expand_bias) \
+    X(gate_code) /* Gate */ \
+    X(lam_code) /* LamActivation */
+
+#define DCD_VALUE_FIELDS(X) \
+    X(channels) /* of a vector: its length */ \
+    X(halo_h) /* zeros around an image, for whoever reads beyond it */ \
+    X(halo_w) \
+    X(slot) /* which piece of memory; values that are never needed at the same time may share */ \
+    X(shared) /* 1: all samples have one place, as only one is worked on at a time */
+// clang-format on
+
+#define DCD_FIELD(name) int64_t name;
+struct NetworkStep {
+    DCD_STEP_FIELDS(DCD_FIELD)
+};
+struct NetworkValue {
+    DCD_VALUE_FIELDS(DCD_FIELD)
+};
+#undef DCD_FIELD
+
+// What the op got: int64 numbers, [values, steps, slots], then each value's and each step's fields.
+struct NetworkProgram {
+    const NetworkValue* values;
+    const NetworkStep* steps;
+    int64_t value_count, step_count, slot_count;
+};
+
+// A tensor [N, C, H, W] or [N, C] of the op's, in any layout.
+struct NetworkTensor {
+    float* data;
+    int64_t channels, height, width;
+    int64_t sample, channel, row, column;  // strides
+};
+
+// A value, once the sizes of the inputs are known: its size and where it begins in the memory of a share.
+struct NetworkPlace {
+    int64_t height, width;
+    int64_t begin;   // elements; streamed values have no place
+    int64_t sample;  // elements of one sample
+};
+
+struct NetworkCall {
+    NetworkProgram program;
+    const float* constants;
+    int64_t batch;
+    int64_t shares;        // parts of the batch, each run by one thread in memory of its own
+    int64_t memory, work;  // elements: of all values of a share, and of what steps need besides
+    const NetworkTensor* inputs;
+    const NetworkTensor* outputs;
+    const NetworkPlace* places;  // of each value
+};
+
+// What fits into the kernels' fixed arrays.
+constexpr int64_t kMaxTaps = 64, kMaxStemTaps = 256, kMaxKernel = 16;
+
+// cpu/network.cpp
+int64_t window_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation);
+// Elements that the latent of one sample takes, before and behind Phi.
+int64_t latent_size(const NetworkStep& step, int64_t height, int64_t width);
+
+}  // namespace dcd

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The data flow of a network, by torch.fx, with every layer that a kernel might know as one node."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from dcd_kernels.interop import acceleration, patch
+from dcd_kernels.models.released.layers import ReleasedLayer
+from dcd_kernels.nn.layer import DCDLayer
+
+ROOT = "network"
+
+
+class _Root(nn.Module):
+    """Calls the network, so that one that is a single layer is a node too."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input):
+        return self.network(input)
+
+
+class _Tracer(fx.Tracer):
+    """``whole`` are the modules that are one node."""
+
+    def __init__(self, whole: set[nn.Module]) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m in self.whole or super().is_leaf_module(m, module_qualified_name)
+
+
+class Captured:
+    """A network's graph; ``recipes`` are those of its modules of the released form."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        known = {module for module in network.modules() if isinstance(module, (DCDLayer, ReleasedLayer))}
+        self.recipes = acceleration.recipes(network, known)
+        whole = known | set(self.recipes)
+        self.opaque: dict[nn.Module, str] = {}
+        while True:
+            root = _Root(network)
+            try:
+                self.graph = _Tracer(whole | set(self.opaque)).trace(root)
+                return
+            except Exception as error:
+                culprit = self._untraceable(network, whole)
+                if culprit is None:
+                    raise
+                self.opaque[culprit] = f"torch.fx cannot follow its forward: {str(error).splitlines()[0]}"
+
+    def _untraceable(self, network: nn.Module, whole: set[nn.Module]) -> nn.Module | None:
+        """An innermost module whose forward cannot be followed."""
+        for module in reversed(list(network.modules())):
+            if module in whole or module in self.opaque or type(module).__module__.startswith("torch.nn"):
+                continue
+            try:
+                _Tracer(whole | set(self.opaque)).trace(module)
+            except Exception:
+                return module
+        return None
+
+    def module(self, node: fx.Node) -> nn.Module:
+        """What a call_module node calls."""
+        name = node.target.removeprefix(ROOT).removeprefix(".")
+        return self.network.get_submodule(name)
+
+    def name(self, node: fx.Node) -> str:
+        """What ``node`` is called in the network."""
+        if node.op == "call_module":
+            return node.target.removeprefix(ROOT).removeprefix(".") or ROOT
+        return node.name
+
+    def recipe(self, module: nn.Module) -> patch.Recipe | None:
+        return self.recipes.get(module)

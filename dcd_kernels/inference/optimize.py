@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""optimize_for_inference: a trained network as one call into the compiled kernels."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import extension
+from ..backends import selection
+from ..explain import Explanation, explain
+from ..interop import report
+
+if extension.LOADED:
+    from ..ops.autograd import is_traced
+    from .plan import Plan
+
+_EXAMPLE_SIZES = (64, 224, 32)
+_BACKENDS = ("auto", "cpu")
+
+
+def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
+    r"""A copy of ``model`` that computes the same: inference on the CPU in float32, in one call if possible.
+
+    Norms are folded into the layers before them, and activations, sums and the pooling for the next layer's
+    branch are computed where their input is made; a pointwise layer and the depthwise one behind it run row
+    by row, so that what is between them, the largest images of a MobileNet, is never in memory as a whole.
+    Dynamic layers take the cheaper order of the product for each size of image. A network is one operator
+    where every node of its data flow (torch.fx) has a kernel; nodes without one run as they are written,
+    between pieces. :func:`dcd_kernels.report` of the result says which, and why.
+
+    There are kernels for the networks of :mod:`dcd_kernels.models`, for those in the released form,
+    accelerated or not, and for static ones: 2-D convolutions (dense or depthwise), DCD layers without blocks
+    and joint fusion, batch norms, ReLU, ReLU6, SiLU, Hardswish, sums, max pooling, means over the image,
+    linear layers, dropout.
+
+    Args:
+        model: a module that takes one tensor, (N, C, H, W) or (N, C), in eval mode. It is left as it is.
+
+    Returns:
+        A module with the same state_dict, keys and submodules. Batch, height, width and memory format may
+        change from call to call; several threads may call it at once. Weights may be edited in place, loaded
+        or moved: what was derived from them is derived again. The structure is fixed: after replacing a
+        submodule or changing an attribute of one, optimise again. Results carry no gradient.
+
+        A call that the kernels do not serve (another device or dtype, an input that requires a gradient,
+        autocast, torch.compile and torch.export, ``use_backend('reference')``) runs the network as it was
+        written.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``model``, or a module in it, is in training mode. A call raises RuntimeError where the
+            result was put into training mode, or the input has other channels than the network.
+
+    Source: paper, Section 5.5 (the protocol), Eq. 6 and 8, Fig. 4b (the layers).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"optimize_for_inference: model must be a torch.nn.Module, got {type(model).__name__}"
+        )
+    training = next((name or "model" for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise ValueError(
+            "optimize_for_inference: model must be in eval mode, whose norms can be folded; "
+            f"{training} is in training mode: call model.eval() first"
+        )
+    if isinstance(model, OptimizedNetwork):
+        return copy.deepcopy(model)
+    return OptimizedNetwork(copy.deepcopy(model))
+
+
+class OptimizedNetwork(nn.Module):
+    """What :func:`optimize_for_inference` returns: the network ``written``, and how it runs."""
+
+    def __init__(self, written: nn.Module) -> None:
+        super().__init__()
+        # the same parameters, buffers and children, in the same dictionaries, so that all keys are the same
+        for place in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[place] = written.__dict__[place]
+        self.training = False
+        # in a tuple, which keeps it from being a child besides
+        self._written = (written,)
+        self._forget()
+        self._make_early()
+
+    @property
+    def written(self) -> nn.Module:
+        """The network as it is written; it shares its parameters with this one."""
+        return self._written[0]
+
+    @property
+    def plan(self) -> Plan | None:
+        """How it runs; None before the first call where no example of an input could be guessed."""
+        return self._plan
+
+    def _forget(self) -> None:
+        self._plan = None
+        self._lock = threading.Lock()
+
+    def _make_early(self) -> None:
+        """So that a report can be made, and the first call is as fast as the others."""
+        channels = None if not extension.LOADED else _input_channels(self.written)
+        if channels is None:
+            return
+        for size in _EXAMPLE_SIZES:
+            example = torch.zeros(2, channels, size, size)
+            try:
+                with torch.no_grad():
+                    self.written(example)
+            except (RuntimeError, ValueError, TypeError):  # it is for images of another size, or for none
+                continue
+            self._plan = Plan(self.written, example)
+            return
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            raise RuntimeError(
+                "OptimizedNetwork is for inference and was put into training mode: call eval(), or train the "
+                "model that it was made from"
+            )
+        if len(args) != 1 or kwargs or not _is_served(args[0]):
+            return self.written(*args, **kwargs)
+        plan = self._plan
+        if plan is None or not plan.sources.are_unchanged():
+            plan = self._renew(args[0])
+        return plan(args[0])
+
+    def explain(self, *args, **kwargs) -> Explanation:
+        """What a call with these arguments runs: :func:`dcd_kernels.explain`."""
+        if len(args) != 1 or kwargs or not _is_served(args[0]):
+            return explain(self.written, *args, **kwargs)
+        self(args[0])
+        return Explanation((), str(report(self)))
+
+    def _renew(self, input: Tensor) -> Plan:
+        with self._lock:  # whoever comes second finds what the first one made
+            plan = self._plan
+            if plan is None or not plan.sources.are_unchanged():
+                keeps = plan is not None and plan.keeps_structure(self.written)
+                self._plan = plan = plan.renewed(self.written) if keeps else Plan(self.written, input[:2])
+            return plan
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        del state["_plan"], state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _get_name(self) -> str:
+        return f"OptimizedNetwork[{type(self.written).__name__}]"
+
+
+def _is_served(input: object) -> bool:
+    return (
+        extension.LOADED
+        and isinstance(input, Tensor)
+        and input.dtype is torch.float32
+        and input.is_cpu
+        and input.dim() in (2, 4)
+        and input.layout is torch.strided
+        and not (input.requires_grad and torch.is_grad_enabled())
+        and not is_traced()
+        and not torch.is_autocast_enabled("cpu")
+        and selection.current() in _BACKENDS
+        and not selection.is_observed()
+    )
+
+
+def _input_channels(network: nn.Module) -> int | None:
+    """Channels of the images that the first convolution of ``network`` reads."""
+    for module in network.modules():
+        if hasattr(module, "in_channels") and hasattr(module, "kernel_size"):
+            return module.in_channels if len(module.kernel_size) == 2 else None
+    return None
+
+
+def entries_of(network: OptimizedNetwork) -> list[tuple[str, str, bool, str]]:
+    """(name, kind, taken, reason) of each node of the data flow that is a module or runs as it is written."""
+    plan = network.plan
+    if plan is None:
+        return [("", type(network.written).__name__, False, "no input has been seen yet")]
+    found = []
+    for node in plan.captured.graph.nodes:
+        taken = node in plan.facts.kinds and node not in plan.facts.reasons
+        if node.op in ("placeholder", "output", "get_attr") or (taken and node.op != "call_module"):
+            continue
+        kind = type(plan.captured.module(node)).__name__ if node.op == "call_module" else _target(node)
+        found.append((plan.captured.name(node), kind, taken, plan.reason(node)))
+    return found
+
+
+def _target(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Weights as the op `network` reads them: sixteen output channels next to each other, norms folded in.
+
+All algebra is in float64 and rounded once. With the norm behind a layer as y ← a⊙y + c, and the latent norms
+of the released form as z₁ = s₁⊙z + t₁ and s₂⊙(Φz₁) + t₂ (+ z₁):
+
+    W0 ← a⊙W0,  P ← a⊙P,  Q ← Q diag(s₁),  Φ ← diag(s₂)Φ (+ I),  bias ← a⊙(bias + P t₂) + c,
+
+and t₁ is added to the latent before Φ. Φ comes out of a linear layer, so that its factors go into that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .program import BLOCK, padded
+
+Packed = dict[str, Tensor]
+
+
+def wide(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to("cpu", torch.float64)
+
+
+def rows_padded(matrix: Tensor) -> Tensor:
+    """With rows of zeros up to whole planes."""
+    return torch.cat([matrix, matrix.new_zeros(padded(matrix.shape[0]) - matrix.shape[0], *matrix.shape[1:])])
+
+
+def planes(matrix: Tensor) -> Tensor:
+    """(rows, K) as [planes of rows, K, 16]."""
+    return rows_padded(matrix).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+
+
+@dataclass
+class Affine:
+    """What a norm in eval mode does to a channel: factor ⊙ x + shift."""
+
+    factor: Tensor
+    shift: Tensor
+
+
+def affine_of(norm: nn.Module | None, channels: int) -> Affine:
+    """``norm`` by its running statistics; one that does nothing for None."""
+    if norm is None:
+        return Affine(torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+    factor = (wide(norm.running_var) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * wide(norm.weight)
+    shift = -wide(norm.running_mean) * factor
+    return Affine(factor, shift if norm.bias is None else shift + wide(norm.bias))
+
+
+@dataclass
+class Branch:
+    """The linear layers of a dynamic branch as (weight, bias), by name; ``bins`` of its pooling a dimension.
+
+    ``expand`` gives λ's logits, then Φ's, L numbers a row. ``scale`` (L,) and ``residual`` are the second
+    latent norm's factor and the latent residual, which are part of Φ from here on.
+    """
+
+    channels: int
+    bins: int
+    squeeze: tuple[Tensor, Tensor | None]
+    gate: tuple[Tensor, Tensor | None] | None
+    expand: tuple[Tensor, Tensor | None]
+    lam_channels: int
+    latent: int
+    scale: Tensor | None = None
+    residual: bool = False
+
+    def pack(self) -> Packed:
+        weight, bias = self.squeeze
+        # columns c·bins² + bin, as torch flattens them, become bin·planes·16 + c
+        columns = weight.unflatten(1, (self.channels, self.bins**2)).permute(2, 1, 0)
+        columns = torch.cat([rows_padded(region) for region in columns])
+        packed = {"squeeze": planes(columns.T), "squeeze_bias": _vector(bias)}
+        if self.gate is not None:
+            packed |= {"gate": planes(self.gate[0]), "gate_bias": _vector(self.gate[1])}
+        weight, bias = self.expand
+        if bias is None and self.residual:
+            bias = weight.new_zeros(weight.shape[0])
+        packed["expand"] = planes(self._rows(weight))
+        packed["expand_bias"] = None if bias is None else self._rows(bias[:, None], self.residual)
+        return packed
+
+    def _rows(self, matrix: Tensor, residual: bool = False) -> Tensor:
+        """λ's rows in whole planes, then Φ's in the order [planes of i, j, 16 of i] of Φ[i, j]."""
+        lam, phi = matrix[: self.lam_channels], matrix[self.lam_channels :]
+        phi = phi.unflatten(0, (self.latent, self.latent))
+        if self.scale is not None:
+            phi = self.scale[:, None, None] * phi
+        if residual:
+            phi = phi + torch.eye(self.latent, dtype=phi.dtype)[:, :, None]
+        blocks = rows_padded(phi).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+        return torch.cat([rows_padded(lam), blocks.flatten(0, 2)])
+
+
+@dataclass
+class Layer:
+    """The numbers of one layer: W0 and biases, P, Q (R of a depthwise layer) with what is folded into them.
+
+    weight (Co, K), K being the taps and channels in the order in which they are multiplied.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    static_bias: Tensor | None = None
+    p: Tensor | None = None
+    q: Tensor | None = None
+    latent_bias: Tensor | None = None
+    branch: Branch | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def normalised(self, norm: nn.Module | None) -> Layer:
+        """With the norm behind it folded in."""
+        if norm is None:
+            return self
+        folded = affine_of(norm, self.weight.shape[0])
+        self.weight = folded.factor[:, None] * self.weight
+        self.bias = folded.shift if self.bias is None else folded.factor * self.bias + folded.shift
+        if self.static_bias is not None:
+            self.static_bias = folded.factor * self.static_bias
+        if self.p is not None:
+            self.p = folded.factor[:, None] * self.p
+        return self
+
+    def pack(self) -> Packed:
+        packed = {
+            "weight": planes(self.weight),
+            "bias": _vector(self.bias),
+            "static_bias": _vector(self.static_bias),
+        }
+        if self.p is not None:
+            packed |= {"p": planes(self.p), "q": planes(self.q.T), "latent_bias": _vector(self.latent_bias)}
+        if self.branch is not None:
+            packed |= self.branch.pack()
+        return {name: tensor for name, tensor in packed.items() if tensor is not None}
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else rows_padded(tensor)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A network as pieces that are one op each, and nodes between them that run as they are written."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from dcd_kernels.interop.trace import Shapes
+
+from .capture import Captured, _Root
+from .lower import Facts, Lowering, Piece
+from .program import Constant, encode
+
+_network = torch.ops.dcd_kernels.network.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_ALIGNED = 16  # numbers in a cache line
+
+
+class Weights:
+    """The constants of a piece, and the tensors of the network that they were made from."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.layers = piece.layers
+        end = 0
+        for _, places in self.layers:
+            for constant in places.values():
+                constant.offset, end = end, end + -(-constant.size // _ALIGNED) * _ALIGNED
+        self.size = end
+
+    def pack(self) -> Tensor:
+        packed = torch.zeros(self.size)
+        for read, places in self.layers:
+            for name, numbers in read().pack().items():
+                constant: Constant = places[name]
+                packed[constant.offset : constant.offset + constant.size] = numbers.flatten()
+        return packed
+
+
+class Sources:
+    """The tensors of a network, in a form that tells at once whether they are what they were."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.places = [
+            (store, name)
+            for module in network.modules()
+            for store in (module._parameters, module._buffers)
+            for name, tensor in store.items()
+            if tensor is not None and tensor.is_floating_point()
+        ]
+        self.tensors = self._now()
+        self.versions = self._versions(self.tensors)
+        self.pointers = self._pointers(self.tensors)
+
+    def _now(self) -> list[Tensor | None]:
+        return [store.get(name) for store, name in self.places]
+
+    @staticmethod
+    def _versions(tensors: list[Tensor]) -> list[int]:
+        return [tensor._version for tensor in tensors]
+
+    @staticmethod
+    def _pointers(tensors: list[Tensor]) -> list[int]:
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def described(self) -> list[tuple]:
+        return [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors]
+
+    def are_unchanged(self) -> bool:
+        return (
+            all(map(operator.is_, self._now(), self.tensors))
+            and self._versions(self.tensors) == self.versions
+            and self._pointers(self.tensors) == self.pointers
+        )
+
+
+class Plan:
+    """How a network runs for inputs like the example that it was made with."""
+
+    def __init__(self, network: nn.Module, example: Tensor) -> None:
+        self.sources = Sources(network)
+        self.captured = Captured(network)
+        self.root = _Root(network)
+        shapes = Shapes(self.root, self.captured.graph)
+        with torch.no_grad():
+            shapes.run(example)
+        self.facts = Facts(shapes.shapes)
+        self.facts.learn(self.captured)
+        self.parts: list[Part | fx.Node] = list(self._parts())
+        nodes = list(self.captured.graph.nodes)
+        self.input = next(node for node in nodes if node.op == "placeholder")
+        self.output = next(node for node in nodes if node.op == "output")
+        only = self.parts[0] if len(self.parts) == 1 else None
+        self.whole = only if isinstance(only, Part) and self.output.args[0] in only.piece.outputs else None
+
+    def _parts(self) -> Iterator[Part | fx.Node]:
+        run: list[fx.Node] = []
+        for node in self.captured.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            if node in self.facts.kinds:
+                run.append(node)
+                continue
+            yield from self._run_of(run)
+            run = []
+            if node.op != "output":
+                yield node
+
+    def _run_of(self, run: list[fx.Node]) -> Iterator[Part | fx.Node]:
+        """Neighbouring nodes as one piece, where there is a layer among them."""
+        if any(self.facts.kinds[node] == "layer" for node in run):
+            yield Part(Lowering(self.captured, self.facts, run).run())
+            return
+        for node in run:
+            self.facts.reasons[node] = "no layer is next to it"
+        yield from run
+
+    def keeps_structure(self, network: nn.Module) -> bool:
+        """Whether the steps are right for the tensors that ``network`` has now, but for their numbers."""
+        now = Sources(network)
+        same = [(id(store), name) for store, name in now.places] == [
+            (id(store), name) for store, name in self.sources.places
+        ]
+        return same and now.described() == self.sources.described()
+
+    def renewed(self, network: nn.Module) -> Plan:
+        """The same steps with the numbers that ``network`` has now."""
+        plan = copy.copy(self)
+        plan.sources = Sources(network)
+        plan.parts = [part.renewed() if isinstance(part, Part) else part for part in self.parts]
+        plan.whole = plan.parts[0] if self.whole is not None else None
+        return plan
+
+    def reason(self, node: fx.Node) -> str:
+        """What runs for ``node``, or why it runs as it is written."""
+        if node in self.facts.reasons:
+            return self.facts.reasons[node]
+        for part in self.parts:
+            if isinstance(part, Part) and node in part.piece.told:
+                return part.piece.told[node]
+        return "computed with the layer before it"
+
+    def __call__(self, input: Tensor) -> object:
+        if self.whole is not None:
+            return self.whole([input])[0]
+        interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.captured.graph)
+        values = interpreter.env
+        values[self.input] = input
+        for node in self.captured.graph.nodes:
+            if node.op == "get_attr":
+                values[node] = interpreter.run_node(node)
+        for part in self.parts:
+            if isinstance(part, Part):
+                results = part([values[node] for node in part.piece.inputs])
+                values.update(zip(part.piece.outputs, results, strict=True))
+            else:
+                values[part] = interpreter.run_node(part)
+        return fx.node.map_arg(self.output.args[0], values.__getitem__)
+
+
+class Part:
+    """A piece as arguments of the op."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.weights = Weights(piece)
+        self.program = encode(piece.steps)
+        self.constants = self.weights.pack()
+
+    def renewed(self) -> Part:
+        part = copy.copy(self)
+        part.constants = self.weights.pack()
+        return part
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        with _below_autograd():
+            return _network(inputs, self.constants, self.program)
