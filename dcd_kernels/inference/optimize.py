@@ -17,6 +17,7 @@ from ..interop import report
 if extension.LOADED:
     from ..ops.autograd import is_traced
     from .plan import Plan
+    from .watch import Watch
 
 _EXAMPLE_SIZES = (64, 224, 32)
 _BACKENDS = ("auto", "cpu")
@@ -77,13 +78,10 @@ class OptimizedNetwork(nn.Module):
 
     def __init__(self, written: nn.Module) -> None:
         super().__init__()
-        # the same parameters, buffers and children, in the same dictionaries, so that all keys are the same
-        for place in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[place] = written.__dict__[place]
         self.training = False
         # in a tuple, which keeps it from being a child besides
         self._written = (written,)
-        self._forget()
+        self._begin()
         self._make_early()
 
     @property
@@ -96,9 +94,13 @@ class OptimizedNetwork(nn.Module):
         """How it runs; None before the first call where no example of an input could be guessed."""
         return self._plan
 
-    def _forget(self) -> None:
+    def _begin(self) -> None:
         self._plan = None
         self._lock = threading.Lock()
+        self._watch = Watch(self.written) if extension.LOADED else None
+        # the same parameters, buffers and children, in the same dictionaries, so that all keys are the same
+        for place in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[place] = self.written.__dict__[place]
 
     def _make_early(self) -> None:
         """So that a report can be made, and the first call is as fast as the others."""
@@ -112,7 +114,7 @@ class OptimizedNetwork(nn.Module):
                     self.written(example)
             except (RuntimeError, ValueError, TypeError):  # it is for images of another size, or for none
                 continue
-            self._plan = Plan(self.written, example)
+            self._plan = Plan(self.written, self._watch, example)
             return
 
     def forward(self, *args, **kwargs):
@@ -124,7 +126,7 @@ class OptimizedNetwork(nn.Module):
         if len(args) != 1 or kwargs or not _is_served(args[0]):
             return self.written(*args, **kwargs)
         plan = self._plan
-        if plan is None or not plan.sources.are_unchanged():
+        if plan is None or not plan.is_current():
             plan = self._renew(args[0])
         return plan(args[0])
 
@@ -138,19 +140,21 @@ class OptimizedNetwork(nn.Module):
     def _renew(self, input: Tensor) -> Plan:
         with self._lock:  # whoever comes second finds what the first one made
             plan = self._plan
-            if plan is None or not plan.sources.are_unchanged():
-                keeps = plan is not None and plan.keeps_structure(self.written)
-                self._plan = plan = plan.renewed(self.written) if keeps else Plan(self.written, input[:2])
+            if plan is None or not plan.is_current():
+                keeps = plan is not None and plan.keeps_structure()
+                self._plan = plan = (
+                    plan.renewed() if keeps else Plan(self.written, self._watch, input.detach()[:2])
+                )
             return plan
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        del state["_plan"], state["_lock"]
+        del state["_plan"], state["_lock"], state["_watch"]
         return state
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._forget()
+        self._begin()
 
     def _get_name(self) -> str:
         return f"OptimizedNetwork[{type(self.written).__name__}]"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +14,7 @@ from dcd_kernels.interop.trace import Shapes
 from .capture import Captured, _Root
 from .lower import Facts, Lowering, Piece
 from .program import Constant, encode
+from .watch import Watch
 
 _network = torch.ops.dcd_kernels.network.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -22,7 +22,7 @@ _ALIGNED = 16  # numbers in a cache line
 
 
 class Weights:
-    """The constants of a piece, and the tensors of the network that they were made from."""
+    """The constants of a piece."""
 
     def __init__(self, piece: Piece) -> None:
         self.layers = piece.layers
@@ -41,48 +41,16 @@ class Weights:
         return packed
 
 
-class Sources:
-    """The tensors of a network, in a form that tells at once whether they are what they were."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.places = [
-            (store, name)
-            for module in network.modules()
-            for store in (module._parameters, module._buffers)
-            for name, tensor in store.items()
-            if tensor is not None and tensor.is_floating_point()
-        ]
-        self.tensors = self._now()
-        self.versions = self._versions(self.tensors)
-        self.pointers = self._pointers(self.tensors)
-
-    def _now(self) -> list[Tensor | None]:
-        return [store.get(name) for store, name in self.places]
-
-    @staticmethod
-    def _versions(tensors: list[Tensor]) -> list[int]:
-        return [tensor._version for tensor in tensors]
-
-    @staticmethod
-    def _pointers(tensors: list[Tensor]) -> list[int]:
-        return [tensor.data_ptr() for tensor in tensors]
-
-    def described(self) -> list[tuple]:
-        return [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors]
-
-    def are_unchanged(self) -> bool:
-        return (
-            all(map(operator.is_, self._now(), self.tensors))
-            and self._versions(self.tensors) == self.versions
-            and self._pointers(self.tensors) == self.pointers
-        )
+def _described(watch: Watch) -> list[tuple]:
+    return [(key, tensor.shape, tensor.dtype, tensor.device) for _, key, tensor in watch.places()]
 
 
 class Plan:
     """How a network runs for inputs like the example that it was made with."""
 
-    def __init__(self, network: nn.Module, example: Tensor) -> None:
-        self.sources = Sources(network)
+    def __init__(self, network: nn.Module, watch: Watch, example: Tensor) -> None:
+        self.watch, self.state = watch, watch.renew()  # before anything is read
+        self.described = _described(watch)
         self.captured = Captured(network)
         self.root = _Root(network)
         shapes = Shapes(self.root, self.captured.graph)
@@ -119,18 +87,18 @@ class Plan:
             self.facts.reasons[node] = "no layer is next to it"
         yield from run
 
-    def keeps_structure(self, network: nn.Module) -> bool:
-        """Whether the steps are right for the tensors that ``network`` has now, but for their numbers."""
-        now = Sources(network)
-        same = [(id(store), name) for store, name in now.places] == [
-            (id(store), name) for store, name in self.sources.places
-        ]
-        return same and now.described() == self.sources.described()
+    def is_current(self) -> bool:
+        """Whether no weight has changed since it was made."""
+        return self.watch.state() == self.state
 
-    def renewed(self, network: nn.Module) -> Plan:
-        """The same steps with the numbers that ``network`` has now."""
+    def keeps_structure(self) -> bool:
+        """Whether the steps are right for the tensors that the network has now, but for their numbers."""
+        return _described(self.watch) == self.described
+
+    def renewed(self) -> Plan:
+        """The same steps with the numbers that the network has now."""
         plan = copy.copy(self)
-        plan.sources = Sources(network)
+        plan.state = self.watch.renew()
         plan.parts = [part.renewed() if isinstance(part, Part) else part for part in self.parts]
         plan.whole = plan.parts[0] if self.whole is not None else None
         return plan

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tells at once whether any weight of a network has changed.
+
+To look at some four hundred tensors takes as long as a tenth of a small network does. So every way to change
+one leaves its trace in one place. Written to in place, tensors count versions, and all of them share one
+counter; another tensor in a module's ``_parameters`` or ``_buffers`` is noticed by the dictionary; and
+``tensor.data = other`` by the tensor. What is edited through ``tensor.data`` counts too: here that is a
+detached alias, which shares the counter, where torch's own has one of its own. Out of reach are edits through
+NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_STORES = ("_parameters", "_buffers")
+
+
+class Watch:
+    """Watches the floating-point tensors of ``network``, whose modules and tensors it makes its own.
+
+    Tensors that come in later, in place of others, are looked at one by one.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.changes = 0  # but for edits in place
+        self._late: list[Tensor] = []
+        with torch.inference_mode(False):
+            self.anchor = torch.empty(0)
+            adopted: dict[int, Tensor] = {}
+            for module in network.modules():
+                for name in _STORES:
+                    store = module.__dict__[name]
+                    for key, tensor in store.items():
+                        if tensor is not None and tensor.is_floating_point():
+                            store[key] = adopted.setdefault(id(tensor), self._adopted(tensor))
+                    module.__dict__[name] = _Store(store, self)
+
+    def _adopted(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as one that counts its versions with all the others."""
+        kind = WatchedParameter if isinstance(tensor, nn.Parameter) else WatchedBuffer
+        own = torch.Tensor._make_subclass(kind, self.anchor.detach(), False)
+        _set_data(own, tensor.data)
+        own.watch = self
+        own.requires_grad_(tensor.requires_grad)
+        return own
+
+    def places(self) -> Iterator[tuple[dict, str, Tensor]]:
+        """Every floating-point tensor of the network, and where it is."""
+        for module in self.network.modules():
+            for name in _STORES:
+                store = module.__dict__[name]
+                for key, tensor in store.items():
+                    if tensor is not None and tensor.is_floating_point():
+                        yield store, key, tensor
+
+    def note_change(self) -> None:
+        self.changes += 1
+
+    def state(self) -> tuple:
+        """What is the same as long as no weight changes."""
+        late = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in self._late]
+        return self.changes, self.anchor._version, late
+
+    def renew(self) -> tuple:
+        """The state, with tensors that came in since the last time looked at from now on."""
+        self._late = [tensor for _, _, tensor in self.places() if getattr(tensor, "watch", None) is not self]
+        return self.state()
+
+
+_set_data = torch.Tensor.data.__set__
+
+
+class _Watched:
+    """Of a tensor that tells its `Watch` of changes."""
+
+    watch: Watch | None = None
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _set_data(self, value)
+        if self.watch is not None:
+            self.watch.note_change()
+
+
+class WatchedParameter(_Watched, nn.Parameter):
+    """A parameter; copies and pickles of it are nn.Parameter."""
+
+    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+class WatchedBuffer(_Watched, torch.Tensor):
+    """A buffer; copies and pickles of it are plain tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.detach().as_subclass(torch.Tensor).clone()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return self.detach().as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+class _Store(dict):
+    """A module's tensors by name; copies and pickles of it are plain dictionaries."""
+
+    def __init__(self, content: dict, watch: Watch) -> None:
+        super().__init__(content)
+        self.watch = watch
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return dict, (), None, None, iter(self.items())
+
+    def __setitem__(self, key: str, value: Tensor | None) -> None:
+        super().__setitem__(key, value)
+        self.watch.note_change()
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.watch.note_change()
+
+    def _changing(name: str):
+        own = getattr(dict, name)
+
+        def method(self, *args, **kwargs):
+            result = own(self, *args, **kwargs)
+            self.watch.note_change()
+            return result
+
+        method.__name__ = name
+        return method
+
+    pop, popitem, clear, update, setdefault, __ior__ = map(
+        _changing, ("pop", "popitem", "clear", "update", "setdefault", "__ior__")
+    )
+    del _changing
