@@ -146,6 +146,7 @@ std::vector<Tensor> network(std::vector<Tensor> inputs,  // each [N, C, H, W] or
     }
     std::vector<NetworkPlace> places = sizes_of_values(call.program, tensors);
     call.constants = static_cast<const float*>(constants.const_data_ptr());
+    call.constant_count = constants.numel();
     call.batch = inputs[0].size(0);
     const Runtime runtime = torch_runtime();
     call.shares = std::max<int64_t>(1, call.batch >= runtime.threads ? runtime.threads : 1);

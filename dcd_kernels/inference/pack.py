@@ -129,15 +129,15 @@ class Layer:
         return self
 
     def pack(self) -> Packed:
-        packed = {
+        # in the order in which they are read
+        packed = {} if self.branch is None else self.branch.pack()
+        packed |= {
             "weight": planes(self.weight),
             "bias": _vector(self.bias),
             "static_bias": _vector(self.static_bias),
         }
         if self.p is not None:
             packed |= {"p": planes(self.p), "q": planes(self.q.T), "latent_bias": _vector(self.latent_bias)}
-        if self.branch is not None:
-            packed |= self.branch.pack()
         return {name: tensor for name, tensor in packed.items() if tensor is not None}
 
 

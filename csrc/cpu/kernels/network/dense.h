@@ -74,6 +74,7 @@ class Dense {
         product_.static_bias = frame.constant(s.static_bias), product_.bias = frame.constant(s.bias);
         product_.lam = s.lam_channels ? coefficients : nullptr;
         product_.activation = static_cast<int>(s.activation);
+        product_.ahead = frame.ahead_of_one_thread();
         synthesised_ = synthesis_pays(s, size_.height * size_.width);
         if (synthesised_) {
             synthesis_ = {frame.constant(s.q),

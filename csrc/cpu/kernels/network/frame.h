@@ -28,6 +28,7 @@ class Frame {
     const int64_t first;    // sample of the call
     T* const memory;
     T* const work;  // what a step needs besides its values, and shares with its tasks
+    mutable Ahead<T> ahead;
 
     Frame(const NetworkCall& call, const Runtime& runtime, int64_t first)
         : call(call),
@@ -36,6 +37,21 @@ class Frame {
           memory(static_cast<T*>(
               scratch((call.memory + call.work) * static_cast<int64_t>(sizeof(T)), Scratch::kNetwork))),
           work(memory + call.memory) {}
+
+    // From now on `step` computes.
+    void begin(const NetworkStep* step) const {
+        constexpr int64_t kReach = 64 * 1024;  // a quarter of a megabyte: it has to stay until it is used
+        const NetworkStep* end = call.program.steps + call.program.step_count;
+        int64_t first = -1;
+        while (first < 0 && ++step < end)
+            if (!step->streamed) first = step->kind == kBranch ? step->squeeze : step->weight;
+        if (first < 0) return;
+        const T* next = constant(first);
+        ahead.end = next + kReach;
+        if (ahead.end > call.constants + call.constant_count) ahead.end = call.constants + call.constant_count;
+        if (ahead.next < next || ahead.next > ahead.end) ahead.next = next;
+    }
+    Ahead<T>* ahead_of_one_thread() const { return runtime.threads <= 1 ? &ahead : nullptr; }
 
     const T* constant(int64_t offset) const { return offset < 0 ? nullptr : call.constants + offset; }
 

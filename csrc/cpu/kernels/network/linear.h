@@ -34,6 +34,7 @@ struct AffineTile {
     using T = typename S::Scalar;
     using V = typename S::Vec;
     static constexpr int W = S::kLanes, VECTORS = kBlock / S::kLanes, ALL = PLANES * VECTORS;
+    static constexpr int64_t kDistance = 24 * kBlock;  // of what is fetched before it is needed
     static constexpr int kFlight = ROWS * ALL >= 8 ? 1 : 8 / (ROWS * ALL);
 
     __attribute__((always_inline)) static inline void multiply(V (&acc)[ROWS][ALL], const T* x,
@@ -45,8 +46,9 @@ struct AffineTile {
         const auto step = [&](int64_t k, V(&to)[ROWS][ALL]) __attribute__((always_inline)) {
 #pragma GCC unroll 16
             for (int j = 0; j < ALL; ++j) {
-                const V weight =
-                    S::load(w + (j / VECTORS) * channels * kBlock + k * kBlock + (j % VECTORS) * W);
+                const T* at = w + (j / VECTORS) * channels * kBlock + k * kBlock + (j % VECTORS) * W;
+                S::prefetch(at + kDistance);
+                const V weight = S::load(at);
 #pragma GCC unroll 8
                 for (int n = 0; n < ROWS; ++n)
                     to[n][j] = S::fma(S::set1(x[n * stride + k]), weight, to[n][j]);

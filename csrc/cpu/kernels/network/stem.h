@@ -17,14 +17,15 @@ class Stem {
         image_ = x_.data + (frame.first + sample) * x_.sample;
         line_ = x_.width + 2 * s.padding_w;
         int64_t tap_count = 0;
-        for (int64_t c = 0; c < s.in_channels; ++c)
-            for (int64_t y = 0; y < s.kernel_h; ++y)
-                for (int64_t x = 0; x < s.kernel_w; ++x)
-                    taps_[tap_count++] = (c * s.kernel_h + y) * line_ + x * s.dilation_w;
+        // neighbouring columns of a line are read like the channels of a pixel
+        const bool runs = s.dilation_w == 1;
+        for (int64_t line = 0; line < s.in_channels * s.kernel_h; ++line)
+            for (int64_t x = 0; x < (runs ? 1 : s.kernel_w); ++x)
+                taps_[tap_count++] = line * line_ + x * s.dilation_w;
         product_.weight = frame.constant(s.weight);
-        product_.weight_plane = tap_count * kBlock;
+        product_.weight_plane = s.in_channels * s.kernel_h * s.kernel_w * kBlock;
         product_.taps = taps_, product_.tap_count = tap_count;
-        product_.channels = 1, product_.pixel = s.stride_w;
+        product_.channels = runs ? s.kernel_w : 1, product_.pixel = s.stride_w;
         product_.bias = frame.constant(s.bias), product_.activation = static_cast<int>(s.activation);
     }
 
