@@ -27,6 +27,8 @@ _ACTIVATIONS = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
+# what runs for kinds of nodes whose steps have nothing more to say
+_TOLD = {"same": "nothing to compute", "mean": "means", "add": "sum", "max_pool": "max pooling"}
 _DROPOUTS = {F.dropout, F.dropout2d}
 
 
@@ -171,7 +173,10 @@ class Lowering:
     # --- nodes
 
     def lower(self, node: fx.Node) -> None:
-        getattr(self, f"_lower_{self.kinds[node]}")(node)
+        kind = self.kinds[node]
+        getattr(self, f"_lower_{kind}")(node)
+        if kind in _TOLD:
+            self.piece.told[node] = _TOLD[kind]
 
     def _lower_same(self, node: fx.Node) -> None:
         self.values[node] = self._value(node.args[0])
