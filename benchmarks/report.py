@@ -81,32 +81,34 @@ def gflops(result: CaseResult, entry: Entry) -> float:
     return products * result.case.static_flops / entry.timing.median * 1e-9
 
 
+def entry_row(keys: Sequence[str], run: dict, case: object, entry: Entry, **figures) -> dict:
+    """A row with ``keys``: of the run, what ``case`` has by these names, the candidate, its times."""
+    row = dict.fromkeys(keys)
+    row.update(run)
+    row.update({key: getattr(case, key) for key in keys if hasattr(case, key)})
+    row.update(
+        dtype="float32",
+        candidate=entry.candidate.name,
+        group=entry.candidate.group,
+        layout=entry.candidate.layout,
+        status=entry.status,
+        reason=entry.reason,
+        error=entry.error,
+        **figures,
+    )
+    if entry.timing:
+        row.update(timing_figures(entry.timing))
+    return row
+
+
 def rows(result: CaseResult, run: dict, consumer: bool = False) -> list[dict]:
     """One row a candidate with every key of ROW_KEYS; without a time, every figure is None."""
-    case, static = result.case, result.best(STATIC)
+    static = result.best(STATIC)
     made = []
     for entry in result.entries:
-        row = dict.fromkeys(ROW_KEYS)
-        row.update(run)
-        row.update(
-            task=result.task,
-            network=case.network,
-            in_channels=case.in_channels,
-            out_channels=case.out_channels,
-            size=case.size,
-            batch=case.batch,
-            latent_channels=case.latent_channels,
-            dtype="float32",
-            candidate=entry.candidate.name,
-            group=entry.candidate.group,
-            layout=entry.candidate.layout,
-            status=entry.status,
-            reason=entry.reason,
-            error=entry.error,
-            consumer=consumer,
-        )
+        row = entry_row(ROW_KEYS, run, result.case, entry, task=result.task, consumer=consumer)
         if entry.timing:
-            row.update(timing_figures(entry.timing), gflops=gflops(result, entry))
+            row["gflops"] = gflops(result, entry)
             row["ratio_to_best_static"] = paired_ratio(entry.timing, static.timing) if static else None
         made.append(row)
     return made
