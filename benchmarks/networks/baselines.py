@@ -42,7 +42,9 @@ class Mixture(nn.Module):
         self.pointwise = not self.linear and layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1
         inputs, outputs = layer.weight.shape[1] * getattr(layer, "groups", 1), layer.weight.shape[0]
         fan_in = layer.weight[0].numel()
-        self.weight = nn.Parameter(torch.randn(experts, *layer.weight.shape) * (2 / fan_in) ** 0.5)
+        self.shape = layer.weight.shape
+        # a matrix, which has no memory format of its own
+        self.weight = nn.Parameter(torch.randn(experts, layer.weight.numel()) * (2 / fan_in) ** 0.5)
         self.bias = nn.Parameter(torch.zeros(experts, outputs)) if layer.bias is not None else None
         if kind == CONDCONV:
             self.router = nn.Sequential(nn.Linear(inputs, experts), nn.Sigmoid())
@@ -54,7 +56,7 @@ class Mixture(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         shares = self.router(input if self.linear else input.mean((2, 3)))
-        weights = (shares @ self.weight.flatten(1)).view(-1, *self.weight.shape[1:])
+        weights = (shares @ self.weight).view(-1, *self.shape)
         if self.linear:
             output = (weights @ input[:, :, None]).flatten(1)
             return output if self.bias is None else output + shares @ self.bias
@@ -64,7 +66,7 @@ class Mixture(nn.Module):
         output = F.conv2d(
             input.reshape(1, -1, *size), weights.flatten(0, 1), groups=samples * self.groups, **self.geometry
         )
-        return output.view(samples, -1, *output.shape[2:])
+        return output.reshape(samples, -1, *output.shape[2:])
 
 
 def make_dynamic(network: nn.Module, kind: str) -> nn.Module:

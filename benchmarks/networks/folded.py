@@ -118,7 +118,7 @@ class FoldedLayer(nn.Module):
         if self.form != FACTORED:
             return self.with_weights(input, lam, phi)
         latent = F.conv2d(input, self.q, self.q_bias, self.geometry["stride"])
-        mixed = (phi @ latent.flatten(2)).view(latent.shape)
+        mixed = (phi @ latent.flatten(2)).reshape(latent.shape)
         static = F.conv2d(input, self.weight, **self.geometry)
         return lam[:, :, None, None] * static + F.conv2d(mixed, self.p, self.bias)
 
@@ -134,8 +134,8 @@ class FoldedLayer(nn.Module):
             return output.unflatten(1, size).permute(0, 3, 1, 2)
         if samples == 1:
             return F.conv2d(input, weights[0, :, :, None, None]) + bias[:, :, :, None]
-        output = F.conv2d(input.view(1, -1, *size), weights.flatten(0, 1)[:, :, None, None], groups=samples)
-        return output.view(samples, -1, *size) + bias[:, :, :, None]
+        output = F.conv2d(input.reshape(1, -1, *size), weights.flatten(0, 1)[:, :, None, None], groups=samples)
+        return output.reshape(samples, -1, *size) + bias[:, :, :, None]
 
 
 def _fold(layer: nn.Module, norm: nn.Module | None, form: str) -> nn.Module:

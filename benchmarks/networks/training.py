@@ -51,7 +51,7 @@ class Checker:
 
 
 def run_case(
-    case: NetworkCase, plan: Plan, isa: str, with_memory: bool, refusal: str | None
+    case: NetworkCase, plan: Plan, isa: str, with_memory: bool, refusal: str | None = None
 ) -> NetworkResult:
     """What came of the candidates; ``refusal`` says why ours cannot run."""
     entries, calls = [], {}
