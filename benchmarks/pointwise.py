@@ -20,7 +20,10 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="about half a minute, forward only unless --task is given"
     )
     made.add_argument(
-        "--task", nargs="+", choices=("forward", "training"), help="default: both, --quick: forward"
+        "--task",
+        nargs="+",
+        choices=("forward", "training", "normalised"),
+        help="default: all, --quick: forward",
     )
     made.add_argument(
         "--shapes", default="", metavar="TEXT", help="only shapes whose name has TEXT: '384->96', '@14'"
@@ -54,7 +57,7 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
     from rich.progress import track
 
     from . import report
-    from .candidates import FORWARD, OURS, REGISTRY, TRAINING
+    from .candidates import FORWARD, NORMALISED, OURS, REGISTRY, TRAINING
     from .cases import POINTWISE_SHAPES, pointwise_cases
     from .runner import Plan
     from .suite import run_case, wrong_entries
@@ -84,7 +87,7 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
         refusal = None  # then the reference is what the user would get, and what is measured
     refusals = {OURS: refusal} if refusal else {}
     run = environment.describe(options.isa, used_isa, options.threads, cores, options.backend, clock)
-    tasks = options.task or ([FORWARD] if options.quick else [FORWARD, TRAINING])
+    tasks = options.task or ([FORWARD] if options.quick else [FORWARD, TRAINING, NORMALISED])
     session.print_setup(console, run, f"{'with' if plan.consumer else 'without'} a consumer")
     console.print(
         "caches: one untimed call before every timed block, the same operands in every call; no subnormal "

@@ -134,7 +134,9 @@ class FoldedLayer(nn.Module):
             return output.unflatten(1, size).permute(0, 3, 1, 2)
         if samples == 1:
             return F.conv2d(input, weights[0, :, :, None, None]) + bias[:, :, :, None]
-        output = F.conv2d(input.reshape(1, -1, *size), weights.flatten(0, 1)[:, :, None, None], groups=samples)
+        output = F.conv2d(
+            input.reshape(1, -1, *size), weights.flatten(0, 1)[:, :, None, None], groups=samples
+        )
         return output.reshape(samples, -1, *size) + bias[:, :, :, None]
 
 
