@@ -149,7 +149,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Bar(Limit):
-    """A figure to meet: a paired ratio, its geometric mean over all cases; with ``worst`` each of them too."""
+    """A figure to meet: the geometric mean of a paired ratio over all cases; with ``worst`` each one too."""
 
     task: str
     numerator: str
