@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     made = parser()
     options = made.parse_args(given)
     cores = session.enter("pointwise", given, made, options)
-    return _run(options, cores)
+    return _run(options, cores, given)
 
 
-def _run(options: argparse.Namespace, cores: list[int]) -> int:
+def _run(options: argparse.Namespace, cores: list[int], given: list[str]) -> int:
     # torch may be loaded only now that its environment is set
     from rich.console import Console
     from rich.progress import track
@@ -115,8 +115,7 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
             f"[red]wrong numbers: {entry.candidate.name} at {case.name}: {entry.reason}[/]", soft_wrap=True
         )
     session.print_noise(console, all_rows, _shape_of)
-    if options.save:
-        session.save(console, all_rows, "pointwise", run, session.RESULTS)
+    session.finish(console, options, "pointwise", given, all_rows, run)
     return 1 if wrong or (options.check and not met) else 0
 
 

@@ -11,10 +11,10 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .. import base, environment, session
+from .. import environment, session
 
 if TYPE_CHECKING:
     from .unit import NetworkResult
@@ -57,7 +57,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--quick", action="store_true", help="a minute or two: no torch.compile, bf16, baselines or memory"
     )
-    base.add_option(made)
     session.add_options(
         made, f"{SECONDS:.0f}", backend="auto", backend_help="backend of layers that are ours"
     )
@@ -75,16 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.images is not None and options.images < 1:
         made.error(f"--images must be positive, got {options.images}")
-    if options.base:
-        try:
-            base.resolve(options.base)
-        except ValueError as error:
-            made.error(str(error))
     cores = session.enter("networks", given, made, options)
     return run(options, cores, given)
 
 
-def run(options: argparse.Namespace, cores: list[int], given: list[str]) -> int:
+def run(options: argparse.Namespace, cores: list[int], given: Sequence[str] = ()) -> int:
     # torch may be loaded only now that its environment is set
     from ..accelerated.networks import NETWORKS, factory
     from ..accelerated.report import print_bars
@@ -130,10 +124,7 @@ def run(options: argparse.Namespace, cores: list[int], given: list[str]) -> int:
         console, all_rows, lambda row: f"{row['network']} {row['task']}, batch {row['batch']}"
     )
     console.print(f"took {time.perf_counter() - began:.0f} s")
-    if options.save:
-        session.save(console, all_rows, "networks", run, session.RESULTS)
-    if options.base:
-        base.compare(console, options.base, "networks", given, all_rows)
+    session.finish(console, options, "networks", given, all_rows, run)
     return 1 if wrong_entries(results) or (options.check and not met) else 0
 
 
