@@ -24,7 +24,17 @@ from benchmarks.accelerated.networks import PAPER, NetworkCase
 from benchmarks.accelerated.report import print_bars
 from benchmarks.candidates import CHANNELS_LAST, NCHW, STATIC, TRAINING
 from benchmarks.cases import make_images
-from benchmarks.networks import baselines, candidates, command, folded, report, runtimes, training, unit
+from benchmarks.networks import (
+    baselines,
+    candidates,
+    command,
+    folded,
+    report,
+    runtimes,
+    summary,
+    training,
+    unit,
+)
 from benchmarks.networks.candidates import (
     COMPILED,
     EAGER,
@@ -333,6 +343,7 @@ def test_best_static_and_best_of_others():
     assert result.best(PEERS_DCD).candidate == Candidate(ONNXRUNTIME, DCD)
     figures = {name: figure(result) for name, figure in report.FIGURES.items()}
     assert figures[report.TO_STATIC] == pytest.approx(2.2 / 1.9)
+    assert figures[report.TO_OTHER_STATIC] == pytest.approx(2.2 / 2.0)
     assert figures[report.OVER_FOLDED] == pytest.approx(5.0 / 2.2)
     assert figures[report.TO_OTHERS] == pytest.approx(2.2 / 4.5)
     assert figures[report.OWN_STATIC] == pytest.approx(1.9 / 2.0)
@@ -352,6 +363,9 @@ def test_bars_are_met_or_not():
     assert met and "missed" in text  # an aim alone
     assert not _bars(_timed(**good, ours__dcd=2.5))[0]
     assert not _bars(_timed(**good))[0]  # nothing of ours was measured
+    fast = {**good, "ours__static": 1.0}
+    met, text = _bars(_timed(**fast, ours__dcd=2.1))
+    assert not met and text.count("2.100") == 2 and "1.050" in text  # our own static is the best then
     met, text = _bars(_timed(ours__dcd=1.0, alone__dcd=1.8), threads=2)
     assert met and report.THREADS in text and report.TO_STATIC not in text
     assert not _bars(_timed(ours__dcd=1.0, alone__dcd=1.6), threads=2)[0]
@@ -383,6 +397,56 @@ def test_a_training_step_is_checked_and_timed(monkeypatch):
     monkeypatch.setattr(training, "network_results", spoiled)
     assert not checker.check(network, NCHW).right
     assert checker.check(training.in_layout(network, CHANNELS_LAST), CHANNELS_LAST).right
+
+
+# -------------------------------------------------------------------------------------------- the README's
+
+
+def _csv_row(group, p50, static, **more):
+    values = {"task": INFERENCE, "network": "resnet18", "batch": 1, "threads": 1, "size": 224, "group": group}
+    values |= {"date": "2026-01-02", "commit": "c" * 14, "cpu": "a CPU", "torch": "2", "p50_us": p50}
+    values |= {"ratio_to_best_static": p50 / static, "mean_us": p50, "peak_to_static": "", "images": 1}
+    values |= dict.fromkeys(runtimes.PACKAGES, "1") | more
+    return {key: str(value) for key, value in values.items()}
+
+
+def _csv_rows():
+    return [
+        _csv_row(f"{EAGER} {STATIC}", 4000.0, 2000.0),
+        _csv_row(f"{EAGER} {DCD}", 9000.0, 2000.0),
+        _csv_row(f"{EAGER} {DCD}", 8000.0, 2000.0),
+        _csv_row(f"{OPENVINO} {FOLDED}", 3000.0, 2000.0),
+        _csv_row(f"{OURS} {STATIC}", 2000.0, 2000.0),
+        _csv_row(f"{OURS} {DCD}", 2200.0, 2000.0),
+        # an older run
+        _csv_row(f"{OURS} {DCD}", 100.0, 2000.0, date="2026-01-01"),
+        _csv_row(f"{OURS} {DCD}", 30000.0, 29000.0, batch=8, threads=2),
+        _csv_row(f"{OURS_ALONE} {DCD}", 54000.0, 29000.0, batch=8, threads=2),
+        _csv_row(PAPER, 220.0, 200.0, task=TRAINING, batch=8, peak_to_static=1.05),
+        _csv_row(f"{OURS} {STATIC}", 2000.0, 2000.0, task=PROTOCOL, images=300),
+        _csv_row(f"{OURS} {DCD}", 9.0, 2000.0, task=PROTOCOL, mean_us=2280.0, images=300),
+    ]
+
+
+def test_the_readme_s_table():
+    text = summary.table(_csv_rows())
+    assert f"| {EAGER} | – | – | 4.00 → 8.00 (4.00) | – |" in text
+    assert f"| {OPENVINO}, folded by hand | – | – | 3.00 (1.50) | – |" in text
+    assert f"| **{OURS}** | – | – | 2.00 → 2.20 (1.10) | – |" in text
+    assert "batch 8 |" not in text
+    assert "times as fast as with one: 1.80 (ResNet-18)." in text
+    assert "ResNet-18 1.10 of the time and 1.05 of the memory." in text
+    assert "mean over 300 images: ours 2.00 → 2.28 ms (+14 %)." in text
+    assert "a CPU, one thread; torch 2, onnxruntime 1, openvino 1; commit cccccccccccc, 2026-01-02." in text
+    assert summary.table([]) == "not yet measured"
+
+
+def test_the_readme_s_chart(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "chart.png"
+    assert not summary.chart([], picture) and not picture.exists()
+    assert summary.chart(_csv_rows(), picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------------------------------------ the rest

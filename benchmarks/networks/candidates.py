@@ -26,9 +26,10 @@ LAYOUTS = (NCHW, CHANNELS_LAST)
 INFERENCE, PROTOCOL = "inference", "protocol"
 
 # groups of groups: the fastest in float32 of any runtime, and of any that is not of this package
-PEERS_DCD = "best DCD of others"
+PEERS_DCD, PEERS_STATIC = "best DCD of others", "best static of others"
 COLLECTIVE = {
     STATIC: tuple(f"{runtime} {STATIC}" for runtime in (*PEERS, OURS)),
+    PEERS_STATIC: tuple(f"{runtime} {STATIC}" for runtime in PEERS),
     PEERS_DCD: tuple(f"{runtime} {form}" for runtime in PEERS for form in (DCD, FOLDED)),
 }
 
