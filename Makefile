@@ -2,8 +2,9 @@
 #
 #   make demo         photographs through a dynamic network, and digits learnt from scratch (pictures in demo-output/)
 #   make test         the test suite                        make test-full   all of it, then under sanitizers
-#   make bench        the benchmarks                        make lint        style of Python and C++
-#   make format       put the style right                   make clean       remove what the targets made
+#   make bench        the benchmarks, in five minutes       make bench-full  all of them, in two hours; rows are saved
+#   make lint         style of Python and C++               make format      put the style right
+#   make clean        remove what the targets made
 #
 # On a machine with a GPU, with PYTHON=<path of a Python that has a CUDA torch> and the libraries built beside the package:
 #   make gpu-check    the GPU tests, in ten minutes         make gpu-bench   the GPU benchmarks, resumable, in ten minutes
@@ -36,7 +37,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt csrc/cuda/cuda.cmake $(CPP)
 
-.PHONY: demo test test-full bench gpu gpu-check gpu-bench lint format clean install
+.PHONY: demo test test-full bench bench-full gpu gpu-check gpu-bench lint format clean install
 
 demo: install
 	$(BIN)/python -m dcd_kernels demo $(DEMO_ARGS)
@@ -49,8 +50,26 @@ test: install
 COMPILED := $(BIN)/python -m pytest -q --ignore tests/triton_kernels/interpreted
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton_kernels/interpreted
 
-bench: install
-	$(BIN)/python -m dcd_kernels bench $(BENCH_ARGS)
+# The other runtimes are for comparison alone: without them the networks' suite says what it cannot measure.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/pip install -q --no-build-isolation -e ".[bench]"
+	touch $@
+
+BENCH := $(BIN)/python -m dcd_kernels bench
+
+# with BENCH_ARGS one suite alone, e.g. BENCH_ARGS="networks --networks resnet18"
+bench: $(VENV)/.bench
+	$(if $(BENCH_ARGS),$(BENCH) $(BENCH_ARGS),\
+	$(BENCH) pointwise --quick && $(BENCH) accelerated --quick && $(BENCH) networks --quick)
+
+bench-full: $(VENV)/.bench
+	@status=0; \
+	for suite in "pointwise --brief" "pointwise --brief --isa avx2 --task forward" \
+		"accelerated --networks all" "networks" "networks --threads 2 --task inference --batch 8"; do \
+		$(BENCH) $$suite --save || status=$$?; \
+	done; \
+	$(BIN)/python -m benchmarks.readme; \
+	exit $$status
 
 # The user's own Python, not the virtual environment's: that one has torch for the CPU. Nothing is installed.
 gpu-check:

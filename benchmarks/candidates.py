@@ -4,7 +4,8 @@
 A builder takes the operands of a case and returns a function without arguments; what it does before it
 returns (packing the weights of a static convolution, choosing a view) is not timed. Static candidates compute
 W0 x; all the others compute (Λ W0 + P Φ Qᵀ) x with λ and Φ given. Forward candidates return y (N, Co, H, W);
-training candidates return y and its gradients by name.
+training candidates return y and its gradients by name; normalised ones relu6(s ⊙ y + b), with a BatchNorm in
+eval mode and a ReLU6 behind the layer, whose static peer runs the three in eager.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from .cases import Case, Operands
 
-FORWARD, TRAINING = "forward", "training"
+FORWARD, TRAINING, NORMALISED = "forward", "training", "normalised"
 STATIC, GROUPED, BMM, FACTORED, OURS = "static", "naive grouped", "naive bmm", "factored eager", "ours"
 NCHW, CHANNELS_LAST = "nchw", "channels_last"
 
@@ -125,11 +126,19 @@ def factored_matmul_channels_last(input, weight, p, phi, q, lam):
     return y.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
+def norm_eager(input, weight, scale, shift, zero, one):
+    """relu6(s ⊙ (W0 x) + b) in three operations."""
+    y = F.batch_norm(F.conv2d(input, weight), zero, one, scale, shift, eps=0.0)
+    return F.relu6(y, inplace=True)
+
+
 def ours() -> Layer:
     """Our operator with plain weights: packing them is part of the call. Loaded only when it is measured."""
     from dcd_kernels import dcd_conv2d
 
-    return lambda input, weight, p, phi, q, lam: dcd_conv2d(input, weight, p, phi, q, lam=lam)
+    return lambda input, weight, p, phi, q, lam, **options: dcd_conv2d(
+        input, weight, p, phi, q, lam=lam, **options
+    )
 
 
 # ------------------------------------------------------------------------------------------ builders
@@ -161,6 +170,27 @@ def training(layer: Layer, layout: str, names: tuple[str, ...]):
     return build
 
 
+def normalised_eager(layout: str):
+    def build(operands: Operands) -> Callable[[], torch.Tensor]:
+        x, scale = operands.input_as(layout), operands.norm_scale
+        running = torch.zeros_like(scale), torch.ones_like(scale)
+        return lambda: norm_eager(x, operands.weight, scale, operands.norm_shift, *running)
+
+    return build
+
+
+def normalised_ours(layout: str):
+    """The norm folded into λ, P and the bias beforehand, the activation fused."""
+
+    def build(operands: Operands) -> Callable[[], torch.Tensor]:
+        call, x, scale = ours(), operands.input_as(layout), operands.norm_scale
+        p, lam = scale[:, None] * operands.p, scale * operands.lam
+        arguments = x, operands.weight, p, operands.phi, operands.q, lam
+        return lambda: call(*arguments, bias=operands.norm_shift, activation="relu6")
+
+    return build
+
+
 def prepacked(layout: str):
     """oneDNN's convolution with its weights reordered beforehand, as a frozen graph would have them."""
 
@@ -184,6 +214,8 @@ for _layout in (NCHW, CHANNELS_LAST):
     register(STATIC, FORWARD, _layout, "conv2d")(forward(static_conv, _layout, STATIC_LEAVES))
     register(STATIC, FORWARD, _layout, "prepacked")(prepacked(_layout))
     register(STATIC, TRAINING, _layout, "conv2d")(training(static_conv, _layout, STATIC_LEAVES))
+    register(STATIC, NORMALISED, _layout, "conv2d, BN, ReLU6")(normalised_eager(_layout))
+    register(OURS, NORMALISED, _layout)(normalised_ours(_layout))
 
 register(GROUPED, FORWARD, NCHW)(forward(naive_grouped, NCHW, DYNAMIC_LEAVES))
 # beyond one sample the grouped convolution has to copy a channels-last input into NCHW

@@ -69,7 +69,8 @@ class Operands:
     """Tensors of a case, float32 and contiguous unless the name says otherwise.
 
     input (N, Ci, H, W), weight (Co, Ci, 1, 1), p (Co, L), phi (N, L, L), q (Ci, L), lam (N, Co),
-    grad (N, Co, H, W): the gradient that training candidates send back.
+    grad (N, Co, H, W): the gradient that training candidates send back; norm_scale and norm_shift (Co): those
+    of a BatchNorm in eval mode behind the layer.
     """
 
     case: Case
@@ -82,6 +83,8 @@ class Operands:
     lam: torch.Tensor
     grad: torch.Tensor
     grad_channels_last: torch.Tensor
+    norm_scale: torch.Tensor
+    norm_shift: torch.Tensor
 
     def input_as(self, layout: str) -> torch.Tensor:
         return self.input_channels_last if layout == "channels_last" else self.input
@@ -119,6 +122,8 @@ def make_operands(case: Case, seed: int = 0) -> Operands:
         lam=1.0 + normal(n, co, scale=0.2),
         grad=grad,
         grad_channels_last=grad.contiguous(memory_format=torch.channels_last),
+        norm_scale=1.0 + normal(co, scale=0.2),
+        norm_shift=normal(co),
     )
 
 

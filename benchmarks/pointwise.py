@@ -20,7 +20,10 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="about half a minute, forward only unless --task is given"
     )
     made.add_argument(
-        "--task", nargs="+", choices=("forward", "training"), help="default: both, --quick: forward"
+        "--task",
+        nargs="+",
+        choices=("forward", "training", "normalised"),
+        help="default: all, --quick: forward",
     )
     made.add_argument(
         "--shapes", default="", metavar="TEXT", help="only shapes whose name has TEXT: '384->96', '@14'"
@@ -45,16 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
     made = parser()
     options = made.parse_args(given)
     cores = session.enter("pointwise", given, made, options)
-    return _run(options, cores)
+    return _run(options, cores, given)
 
 
-def _run(options: argparse.Namespace, cores: list[int]) -> int:
+def _run(options: argparse.Namespace, cores: list[int], given: list[str]) -> int:
     # torch may be loaded only now that its environment is set
     from rich.console import Console
     from rich.progress import track
 
     from . import report
-    from .candidates import FORWARD, OURS, REGISTRY, TRAINING
+    from .candidates import FORWARD, NORMALISED, OURS, REGISTRY, TRAINING
     from .cases import POINTWISE_SHAPES, pointwise_cases
     from .runner import Plan
     from .suite import run_case, wrong_entries
@@ -84,7 +87,7 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
         refusal = None  # then the reference is what the user would get, and what is measured
     refusals = {OURS: refusal} if refusal else {}
     run = environment.describe(options.isa, used_isa, options.threads, cores, options.backend, clock)
-    tasks = options.task or ([FORWARD] if options.quick else [FORWARD, TRAINING])
+    tasks = options.task or ([FORWARD] if options.quick else [FORWARD, TRAINING, NORMALISED])
     session.print_setup(console, run, f"{'with' if plan.consumer else 'without'} a consumer")
     console.print(
         "caches: one untimed call before every timed block, the same operands in every call; no subnormal "
@@ -112,8 +115,7 @@ def _run(options: argparse.Namespace, cores: list[int]) -> int:
             f"[red]wrong numbers: {entry.candidate.name} at {case.name}: {entry.reason}[/]", soft_wrap=True
         )
     session.print_noise(console, all_rows, _shape_of)
-    if options.save:
-        session.save(console, all_rows, "pointwise", run, session.RESULTS)
+    session.finish(console, options, "pointwise", given, all_rows, run)
     return 1 if wrong or (options.check and not met) else 0
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Writes the README's numbers from the rows under results/: `python -m benchmarks.readme [--check]`."""
+"""Writes the README's numbers from the rows under results/, and draws its chart.
+
+`python -m benchmarks.readme [--check]`
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-from .candidates import BMM, FACTORED, FORWARD, GROUPED, OURS, STATIC, TRAINING
+from .candidates import BMM, FACTORED, FORWARD, GROUPED, NORMALISED, OURS, STATIC, TRAINING
+from .networks import summary
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -19,6 +23,9 @@ START = "<!-- numbers: rows written by benchmarks/ -->"
 END = "<!-- end of the numbers -->"
 GPU_START = "<!-- gpu numbers: rows written by benchmarks/gpu/ -->"
 GPU_END = "<!-- end of the gpu numbers -->"
+NETWORK_START = "<!-- network numbers: rows written by benchmarks/networks/ -->"
+NETWORK_END = "<!-- end of the network numbers -->"
+CHART = RESULTS / "networks.png"
 
 # What is compared: title, task, instruction set asked for, numerator, denominator.
 LINES = (
@@ -26,6 +33,7 @@ LINES = (
     ("W_n written out, grouped convolution ÷ fused", FORWARD, "native", GROUPED, OURS),
     ("W_n written out, `bmm` ÷ fused", FORWARD, "native", BMM, OURS),
     ("factored in eager PyTorch ÷ fused", FORWARD, "native", FACTORED, OURS),
+    ("with BatchNorm and ReLU6: fused ÷ eager conv → BN → ReLU6", NORMALISED, "native", OURS, STATIC),
     ("forward + backward: fused ÷ best static convolution", TRAINING, "native", OURS, STATIC),
     ("forward + backward: factored in eager PyTorch ÷ fused", TRAINING, "native", FACTORED, OURS),
     ("AVX2 only: fused ÷ best static convolution", FORWARD, "avx2", OURS, STATIC),
@@ -108,6 +116,15 @@ def gpu_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def network_section(rows: Sequence[dict]) -> str:
+    """The table of whole networks, and the chart where there is anything to draw."""
+    text = summary.table(rows)
+    if not any(summary.case_rows(rows, "inference", name, 1) for name in summary.NETWORKS):
+        return text
+    chart = CHART.relative_to(ROOT).as_posix()
+    return f"![what DCD costs on every runtime]({chart})\n\n{text}"
+
+
 def replaced(text: str, start: str, end: str, table: str) -> str:
     """`text` with what stands between two marker lines replaced."""
     before, rest = text.split(start)
@@ -131,9 +148,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = README.read_text(encoding="utf-8")
     wanted = replaced(text, START, END, table(read("pointwise-*.csv")))
     wanted = replaced(wanted, GPU_START, GPU_END, gpu_table(read("gpu-*.csv")))
+    networks = read("networks-*.csv")
+    wanted = replaced(wanted, NETWORK_START, NETWORK_END, network_section(networks))
     if options.check:
         return int(wanted != text)
     README.write_text(wanted, encoding="utf-8")
+    try:
+        summary.chart(networks, CHART)
+    except ImportError as error:
+        print(f"the chart stays as it is: {error}")
     return 0
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from .candidates import BMM, FACTORED, FORWARD, GROUPED, OURS, STATIC, TRAINING
+from .candidates import BMM, FACTORED, FORWARD, GROUPED, NORMALISED, OURS, STATIC, TRAINING
 from .runner import Timing, paired_ratio
 from .suite import RIGHT, CaseResult, Entry
 
@@ -77,36 +78,38 @@ def timing_figures(timing: Timing) -> dict:
 
 def gflops(result: CaseResult, entry: Entry) -> float:
     """Rate at the operations of the static layer: one product forward, three with the gradients."""
-    products = 1 if result.task == FORWARD else 3
+    products = 3 if result.task == TRAINING else 1
     return products * result.case.static_flops / entry.timing.median * 1e-9
+
+
+def entry_row(keys: Sequence[str], run: dict, case: object, entry: Entry, **figures) -> dict:
+    """A row with ``keys``: of the run, what ``case`` has by these names, the candidate, its times."""
+    row = dict.fromkeys(keys)
+    row.update(run)
+    row.update({key: getattr(case, key) for key in keys if hasattr(case, key)})
+    row.update(
+        dtype="float32",
+        candidate=entry.candidate.name,
+        group=entry.candidate.group,
+        layout=entry.candidate.layout,
+        status=entry.status,
+        reason=entry.reason,
+        error=entry.error,
+        **figures,
+    )
+    if entry.timing:
+        row.update(timing_figures(entry.timing))
+    return row
 
 
 def rows(result: CaseResult, run: dict, consumer: bool = False) -> list[dict]:
     """One row a candidate with every key of ROW_KEYS; without a time, every figure is None."""
-    case, static = result.case, result.best(STATIC)
+    static = result.best(STATIC)
     made = []
     for entry in result.entries:
-        row = dict.fromkeys(ROW_KEYS)
-        row.update(run)
-        row.update(
-            task=result.task,
-            network=case.network,
-            in_channels=case.in_channels,
-            out_channels=case.out_channels,
-            size=case.size,
-            batch=case.batch,
-            latent_channels=case.latent_channels,
-            dtype="float32",
-            candidate=entry.candidate.name,
-            group=entry.candidate.group,
-            layout=entry.candidate.layout,
-            status=entry.status,
-            reason=entry.reason,
-            error=entry.error,
-            consumer=consumer,
-        )
+        row = entry_row(ROW_KEYS, run, result.case, entry, task=result.task, consumer=consumer)
         if entry.timing:
-            row.update(timing_figures(entry.timing), gflops=gflops(result, entry))
+            row["gflops"] = gflops(result, entry)
             row["ratio_to_best_static"] = paired_ratio(entry.timing, static.timing) if static else None
         made.append(row)
     return made
@@ -146,12 +149,20 @@ class Limit:
 
 @dataclass(frozen=True)
 class Bar(Limit):
-    """A figure to meet: the geometric mean of a paired ratio over all cases."""
+    """A figure to meet: the geometric mean of a paired ratio over all cases; with ``worst`` each one too."""
 
     task: str
     numerator: str
     denominator: str
     isas: tuple[str, ...]
+    worst: float | None = None
+
+    def meets_all(self, mean: float, worst: float) -> bool:
+        limit = dataclasses.replace(self, limit=self.worst) if self.worst is not None else None
+        return self.meets(mean) and (limit is None or limit.meets(worst))
+
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self.worst is None else f", worst {self.worst:.2f}")
 
     @property
     def label(self) -> str:
@@ -161,12 +172,14 @@ class Bar(Limit):
 
 _WIDE = ("native", "avx512")
 BARS = (
-    Bar("must", 1.10, True, FORWARD, OURS, STATIC, _WIDE),
+    Bar("must", 1.00, True, FORWARD, OURS, STATIC, _WIDE, worst=1.20),
+    Bar("must", 0.60, True, NORMALISED, OURS, STATIC, _WIDE),
     Bar("must", 1.8, False, FORWARD, GROUPED, OURS, _WIDE),
     Bar("must", 1.4, False, FORWARD, BMM, OURS, _WIDE),
     Bar("must", 1.7, False, FORWARD, FACTORED, OURS, _WIDE),
     Bar("aim", 1.5, False, TRAINING, FACTORED, OURS, _WIDE),
-    Bar("aim", 1.2, True, FORWARD, OURS, STATIC, ("avx2",)),
+    Bar("must", 1.08, True, FORWARD, OURS, STATIC, ("avx2",)),
+    Bar("aim", 0.97, True, FORWARD, OURS, STATIC, _WIDE),
 )
 
 
@@ -194,7 +207,7 @@ def print_bars(console: Console, results: Sequence[CaseResult], isa: str, comple
             continue
         mean = statistics.geometric_mean(value for value, _ in values)
         worst, where = (max if bar.at_most else min)(values, key=lambda pair: pair[0])
-        met = bar.meets(mean)
+        met = bar.meets_all(mean, worst)
         verdict = "" if not applies else "[green]met[/]" if met else "[red]missed[/]"
         if applies and bar.kind == "must":
             all_met &= met
@@ -203,7 +216,7 @@ def print_bars(console: Console, results: Sequence[CaseResult], isa: str, comple
             f"(worst {worst:.3f} at {where.case.name}; {len(values)} cases)",
             soft_wrap=True,
         )
-    for task in (FORWARD, TRAINING):
+    for task in (FORWARD, TRAINING, NORMALISED):
         for layout in ("nchw", "channels_last"):
             values = ratios(results, task, OURS, STATIC, layout)
             if values:
@@ -269,7 +282,7 @@ def print_summary(console: Console, results: Sequence[CaseResult], task: str) ->
     table = Table(title=f"{task}: µs a call (best of each group), paired ratios", title_justify="left")
     table.add_column("case", no_wrap=True)
     table.add_column("best static", no_wrap=True)
-    groups = (GROUPED, BMM, FACTORED) if task == FORWARD else (FACTORED,)
+    groups = {FORWARD: (GROUPED, BMM, FACTORED), TRAINING: (FACTORED,), NORMALISED: ()}[task]
     base = OURS if measured else STATIC
     for column in ("µs", "GF/s", *((OURS, "GF/s", "÷ static") if measured else ())):
         table.add_column(column, justify="right")

@@ -11,6 +11,7 @@ import sys
 SUITES = {
     "pointwise": "benchmarks.pointwise",
     "accelerated": "benchmarks.accelerated",
+    "networks": "benchmarks.networks",
     "gpu": "benchmarks.gpu",
     "complexity": "benchmarks.complexity",
 }

@@ -10,7 +10,7 @@ import argparse
 import pathlib
 from collections.abc import Callable, Sequence
 
-from . import environment
+from . import base, environment
 
 RESULTS = environment.ROOT / "benchmarks" / "results"
 
@@ -36,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser, seconds: str, backend: str, bac
     parser.add_argument(
         "--save", action="store_true", help=f"write the rows under {RESULTS.name}/ as JSON lines and CSV"
     )
+    base.add_option(parser)
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 if a figure that must be met is missed"
     )
@@ -47,6 +48,11 @@ def enter(
     """The process in its environment, see `environment.enter`, and on its cores, which are returned."""
     if min((options.threads, *options.batch)) < 1:
         parser.error(f"--threads and --batch must be positive, got {options.threads} and {options.batch}")
+    if options.base:
+        try:
+            base.resolve(options.base)
+        except ValueError as error:
+            parser.error(str(error))
     environment.enter(suite, given, options.isa, options.threads, options.backend)
     try:
         return environment.pin(options.threads, options.core)
@@ -97,6 +103,21 @@ def print_noise(console, all_rows: Sequence[dict], name_of: Callable[[dict], str
         f"({faults['candidate']}, {name_of(faults)})",
         soft_wrap=True,
     )
+
+
+def finish(
+    console,
+    options: argparse.Namespace,
+    suite: str,
+    given: Sequence[str],
+    all_rows: Sequence[dict],
+    run: dict,
+) -> None:
+    """What is left when all is measured: save the rows, and measure the base, as the options say."""
+    if options.save:
+        save(console, all_rows, suite, run, RESULTS)
+    if options.base:
+        base.compare(console, options.base, suite, given, all_rows)
 
 
 def save(console, all_rows: Sequence[dict], suite: str, run: dict, folder: pathlib.Path) -> None:

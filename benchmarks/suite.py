@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .candidates import FORWARD, OURS, Candidate, Result, candidates
+from .candidates import OURS, TRAINING, Candidate, Result, candidates
 from .cases import Case, Operands, make_operands
 from .runner import Plan, Timing, measure, paired_ratio
 from .verify import Truth, Verdict, check_operands
@@ -64,8 +64,8 @@ def run_case(
     check_operands(operands)
     truths: dict[bool, Truth] = {}
     entries, calls = [], {}
-    # forward candidates run as inference does; entered here so that building, checking and timing agree
-    with torch.inference_mode() if task == FORWARD else contextlib.nullcontext():
+    # without gradients as inference runs; entered here so that building, checking and timing agree
+    with contextlib.nullcontext() if task == TRAINING else torch.inference_mode():
         for candidate in candidates(task, case, groups):
             if refusals and candidate.group in refusals:
                 entries.append(Entry(candidate, REFUSED, refusals[candidate.group]))

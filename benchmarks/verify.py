@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .candidates import DYNAMIC_LEAVES, FORWARD, STATIC_LEAVES, Result
+from .candidates import DYNAMIC_LEAVES, NORMALISED, STATIC_LEAVES, TRAINING, Result
 from .cases import Operands
 
 
@@ -31,14 +31,17 @@ def composition(operands: Operands, dtype: torch.dtype, dynamic: bool, task: str
     """y, and for training the gradients, by writing W_n out and multiplying, in `dtype`."""
     names = DYNAMIC_LEAVES if dynamic else STATIC_LEAVES
     leaves = {
-        name: leaf.detach().to(dtype).requires_grad_(task != FORWARD)
+        name: leaf.detach().to(dtype).requires_grad_(task == TRAINING)
         for name, leaf in operands.leaves("nchw", names).items()
     }
     x, weight = leaves["input"], leaves["weight"][:, :, 0, 0].expand(operands.case.batch, -1, -1)
     if dynamic:
         weight = leaves["lam"][:, :, None] * weight + leaves["p"] @ leaves["phi"] @ leaves["q"].t()
     y = torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
-    if task == FORWARD:
+    if task == NORMALISED:
+        scale, shift = (it.to(dtype)[:, None, None] for it in (operands.norm_scale, operands.norm_shift))
+        y = (scale * y + shift).clamp(0, 6)
+    if task != TRAINING:
         return {"output": y}
     gradients = torch.autograd.grad(y, list(leaves.values()), operands.grad.to(dtype))
     return {"output": y.detach(), **dict(zip(names, gradients, strict=True))}
@@ -90,7 +93,7 @@ def compare(
 
 def check_operands(operands: Operands) -> None:
     """Refuse subnormal operands: they slow some instruction sequences a hundredfold. Raises ValueError."""
-    for name in ("input", *DYNAMIC_LEAVES[1:], "grad"):
+    for name in ("input", *DYNAMIC_LEAVES[1:], "grad", "norm_scale", "norm_shift"):
         tensor = getattr(operands, name)
         tiny = torch.finfo(tensor.dtype).tiny
         if bool(((tensor != 0) & (tensor.abs() < tiny)).any()):

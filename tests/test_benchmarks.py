@@ -22,6 +22,7 @@ from benchmarks.candidates import (
     FACTORED,
     FORWARD,
     GROUPED,
+    NORMALISED,
     OURS,
     REGISTRY,
     STATIC,
@@ -31,6 +32,7 @@ from benchmarks.candidates import (
 )
 from benchmarks.runner import Plan, Timing, measure, paired_ratio
 from benchmarks.verify import Truth, check_operands
+from dcd_kernels import extension
 
 SMALL = cases.Case("test", 8, 6, 5, 2)
 PLAN = Plan(seconds=0.0, min_rounds=2, block_seconds=1e-6)
@@ -83,7 +85,7 @@ def test_candidate_names_are_unique():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("task", [FORWARD, TRAINING])
+@pytest.mark.parametrize("task", [FORWARD, TRAINING, NORMALISED])
 def test_peers_are_right(task, batch):
     found = suite.run_case(cases.Case("test", 8, 6, 5, batch), task, PLAN, PEERS)
     assert {entry.status for entry in found.entries} == {suite.RIGHT}, found.entries
@@ -112,6 +114,18 @@ def test_wrong_numbers_get_no_time(what, operands, monkeypatch):
         None
     ] * 5
     assert suite.wrong_entries([found])
+
+
+@pytest.mark.skipif(not extension.LOADED, reason="ours needs compiled kernels")
+def test_a_norm_and_an_activation_are_folded_in(operands):
+    entries = suite.run_case(SMALL, NORMALISED, PLAN, (OURS,)).entries
+    assert [entry.status for entry in entries] == [suite.RIGHT] * 2, entries
+    truth = Truth(operands, True, NORMALISED)
+    exact = truth.exact["output"]
+    assert ((exact == 0).any() or (exact == 6).any()) and exact.min() >= 0 and exact.max() <= 6
+    assert not truth.check(_right(operands)).right
+    forgotten = _right(operands) * operands.norm_scale[:, None, None]
+    assert not truth.check(forgotten.clamp(0, 6)).right
 
 
 def test_wrong_gradient_is_refused(operands):
@@ -199,20 +213,26 @@ def _synthetic(**seconds):
 def test_bars_without_ours_are_not_met(result):
     met, text = _bars([result], complete=False)
     assert not met
-    assert "must ≤ 1.10: not measured" in text
+    assert "must ≤ 1.00, worst 1.20: not measured" in text
     assert "only part" in text
 
 
 def test_bars_are_geometric_means():
-    met, text = _bars([_synthetic(ours=0.5, static=1.0), _synthetic(ours=2.0, static=1.0)])
-    assert "ours ÷ best static                   must ≤ 1.10: got 1.000 met (worst 2.000" in text
-    assert "naive bmm ÷ ours                     must ≥ 1.40: got 4.000 met (worst 2.000" in text
+    met, text = _bars([_synthetic(ours=0.8, static=1.0), _synthetic(ours=1.15, static=1.0)])
+    assert "ours ÷ best static                   must ≤ 1.00, worst 1.20: got 0.959 met (worst 1.150" in text
+    assert "naive bmm ÷ ours                     must ≥ 1.40: got 4.170 met (worst 3.478" in text
     assert met
-    met, text = _bars([_synthetic(ours=1.2, static=1.0)])
-    assert "must ≤ 1.10: got 1.200 missed" in text
+    met, text = _bars([_synthetic(ours=1.1, static=1.0)])
+    assert "must ≤ 1.00, worst 1.20: got 1.100 missed" in text
     assert not met
-    _, text = _bars([_synthetic(ours=1.2, static=1.0)], isa="avx2")
-    assert "aim ≤ 1.20: got 1.200 met" in text
+    met, text = _bars([_synthetic(ours=1.07, static=1.0)], isa="avx2")
+    assert "must ≤ 1.08: got 1.070 met" in text and met
+
+
+def test_one_case_alone_can_miss_a_bar():
+    met, text = _bars([_synthetic(ours=0.5, static=1.0), _synthetic(ours=1.3, static=1.0)])
+    assert "must ≤ 1.00, worst 1.20: got 0.806 missed (worst 1.300" in text
+    assert not met
 
 
 def test_environment_of_the_instruction_sets():

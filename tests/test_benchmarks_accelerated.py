@@ -197,7 +197,7 @@ def test_what_the_network_does_besides_its_layers_is_found(networks):
 def _run(monkeypatch, networks, *options):
     monkeypatch.setattr("benchmarks.accelerated.networks.make_networks", lambda *given: networks)
     given = ["--networks", TINY["network"], "--size", "64", "--classes", "10", "--seconds", "0", *options]
-    return command.run(command.parser().parse_args(given), cores=[0])
+    return command.run(command.parser().parse_args(given), cores=[0], given=given)
 
 
 def test_the_command(networks, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from .. import environment, session
 
@@ -62,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"--classes at least 1, got {options.size} and {options.classes}"
         )
     cores = session.enter("accelerated", given, made, options)
-    return run(options, cores)
+    return run(options, cores, given)
 
 
-def run(options: argparse.Namespace, cores: list[int]) -> int:
+def run(options: argparse.Namespace, cores: list[int], given: Sequence[str] = ()) -> int:
     # torch may be loaded only now that its environment is set
     from ..runner import Plan
     from ..suite import wrong_entries
@@ -122,6 +123,5 @@ def run(options: argparse.Namespace, cores: list[int]) -> int:
         console, all_rows, lambda row: f"{row['network']} {row['task']}, batch {row['batch']}"
     )
     console.print(f"took {time.perf_counter() - began:.0f} s")
-    if options.save:
-        session.save(console, all_rows, "accelerated", run, session.RESULTS)
+    session.finish(console, options, "accelerated", given, all_rows, run)
     return 1 if wrong_entries(results) or (options.check and not met) else 0

@@ -22,6 +22,7 @@ from ..cases import make_images
 
 EVAL = "eval"
 UNPATCHED, ACCELERATED = "unpatched", "accelerated"
+PAPER = "ours"  # not the released form but the paper's, on the fused kernels
 WIDTH = "mobilenet_v2_x"  # and a width
 NETWORKS = (f"{WIDTH}0.5", f"{WIDTH}1.0", "resnet18", "resnet50")
 SETTLING_BATCH = 8
@@ -60,8 +61,8 @@ CANDIDATES = tuple(
 )
 
 
-def factory(network: str) -> Callable[..., nn.Module]:
-    """What makes the network called ``network``.
+def factory(network: str, family=released) -> Callable[..., nn.Module]:
+    """What makes the network called ``network``; ``family`` is a module that has its function.
 
     Raises:
         ValueError: there is no such network.
@@ -72,16 +73,18 @@ def factory(network: str) -> Callable[..., nn.Module]:
             width_mult = float(width)
         except ValueError:
             raise ValueError(f"network={network!r}: {WIDTH} must be followed by a width") from None
-        return lambda **options: released.mobilenet_v2(width_mult, **options)
+        return lambda **options: family.mobilenet_v2(width_mult, **options)
     if network not in NETWORKS:
         raise ValueError(f"network={network!r}: known are {', '.join(NETWORKS)}, and {WIDTH} with any width")
-    return getattr(released, network)
+    return getattr(family, network)
 
 
 def make_network(network: str, group: str, classes: int, seed: int = 0) -> nn.Module:
     """A network with random weights, without dropout: two calls have to give the same numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if group == PAPER:
+            return factory(network, dcd.models)(num_classes=classes, dropout=0.0)
         made = factory(network)(num_classes=classes, dropout=0.0, dynamic=group != STATIC)
     return dcd.accelerate(made) if group == ACCELERATED else made
 
@@ -91,12 +94,12 @@ def make_networks(network: str, size: int, classes: int, seed: int = 0) -> dict[
     made = {group: make_network(network, group, classes, seed) for group in (STATIC, UNPATCHED)}
     images = make_images(SETTLING_BATCH, size, NCHW, seed=seed + 1)
     for peer in made.values():
-        _settle(peer, images)
+        settle(peer, images)
     return {**made, ACCELERATED: dcd.accelerate(copy.deepcopy(made[UNPATCHED]))}
 
 
 @torch.no_grad()
-def _settle(network: nn.Module, images: Tensor) -> None:
+def settle(network: nn.Module, images: Tensor) -> None:
     """Gives the norms the statistics of ``images``.
 
     With those of a fresh network, 0 and 1, activations would shrink or grow from layer to layer in eval mode.

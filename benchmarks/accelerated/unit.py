@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -19,9 +20,12 @@ from .networks import CANDIDATES, STATIC, NetworkCase, call_of, in_layout
 
 @dataclass
 class NetworkResult(CaseResult):
-    """``peaks`` are bytes by candidate; of a group only its fastest candidate has one."""
+    """``peaks`` are bytes by candidate; of a group only its fastest candidate has one.
 
-    taken: verify.Taken
+    ``taken`` is None where nothing was to be accelerated.
+    """
+
+    taken: verify.Taken | None = None
     peaks: dict[str, int] = field(default_factory=dict)
 
     def peak(self, group: str) -> int | None:
@@ -59,9 +63,14 @@ def run_case(
     for entry in entries:
         entry.timing = timings.get(entry.candidate.name)
     result = NetworkResult(case, case.task, entries, checker.taken)
-    if with_memory and can_measure():
-        for group in networks:
-            best = result.best(group)
-            if best:
-                result.peaks[best.candidate.name] = memory.peak_bytes(case, best.candidate, isa, plan.seed)
+    if with_memory:
+        measure_memory(result, networks, isa, plan.seed)
     return result
+
+
+def measure_memory(result: NetworkResult, groups: Iterable[str], isa: str, seed: int) -> None:
+    """Put the peak of each group's fastest candidate into ``result``, where the system has the counters."""
+    for group in groups if can_measure() else ():
+        best = result.best(group)
+        if best:
+            result.peaks[best.candidate.name] = memory.peak_bytes(result.case, best.candidate, isa, seed)

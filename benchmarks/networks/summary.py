@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the README says of whole networks: a table and a chart, from rows as CSV has them."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from ..accelerated.networks import NETWORKS, PAPER
+from ..candidates import STATIC, TRAINING
+from .candidates import (
+    COMPILED,
+    EAGER,
+    INFERENCE,
+    ONNXRUNTIME,
+    OPENVINO,
+    OPENVINO_BF16,
+    OURS,
+    OURS_ALONE,
+    PROTOCOL,
+)
+from .runtimes import PACKAGES
+from .written import DCD, FOLDED
+
+TITLES = dict(zip(NETWORKS, ("MobileNetV2 ×0.5", "MobileNetV2 ×1.0", "ResNet-18", "ResNet-50"), strict=True))
+# runtime, the form that is dynamic there, and how it is called
+LINES = (
+    (EAGER, DCD, EAGER),
+    (COMPILED, DCD, "torch.compile, frozen"),
+    (ONNXRUNTIME, DCD, ONNXRUNTIME),
+    (OPENVINO, DCD, OPENVINO),
+    (OPENVINO, FOLDED, f"{OPENVINO}, folded by hand"),
+    (OPENVINO_BF16, DCD, f"{OPENVINO}, bfloat16"),
+    (OURS, DCD, f"**{OURS}**"),
+)
+BATCHES = (1, 8)
+
+Row = dict[str, str]
+Rows = Sequence[Row]
+
+
+def case_rows(rows: Rows, task: str, network: str, batch: int, threads: int = 1) -> list[Row]:
+    """The timed rows of one case at 224 × 224, of its newest run."""
+    wanted = (task, network, str(batch), str(threads), "224")
+    found = [
+        row
+        for row in rows
+        if tuple(row[key] for key in ("task", "network", "batch", "threads", "size")) == wanted
+        and row["p50_us"]
+    ]
+    newest = max((row["date"] for row in found), default=None)
+    return [row for row in found if row["date"] == newest]
+
+
+def best(rows: Rows, group: str, key: str = "p50_us") -> Row | None:
+    """The fastest candidate of a group."""
+    found = [row for row in rows if row["group"] == group]
+    return min(found, key=lambda row: float(row[key]), default=None)
+
+
+def _milliseconds(row: Row | None, key: str = "p50_us") -> str:
+    if row is None:
+        return "–"
+    value = float(row[key]) / 1e3
+    return f"{value:.2f}" if value < 20 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _cell(rows: Rows, runtime: str, form: str) -> str:
+    static, dynamic = best(rows, f"{runtime} {STATIC}"), best(rows, f"{runtime} {form}")
+    if static is None and dynamic is None:
+        return "–"
+    ratio = f" ({float(dynamic['ratio_to_best_static']):.2f})" if dynamic else ""
+    if form == FOLDED:
+        return f"{_milliseconds(dynamic)}{ratio}"
+    return f"{_milliseconds(static)} → {_milliseconds(dynamic)}{ratio}"
+
+
+def table(rows: Rows) -> str:
+    """Milliseconds, static → dynamic, on one thread; then threads, training and the paper's protocol."""
+    lines, runs = [], {}
+    for batch in BATCHES:
+        cases = {network: case_rows(rows, INFERENCE, network, batch) for network in NETWORKS}
+        runs |= {case[0]["date"]: case[0] for case in cases.values() if case}
+        body = [
+            (title, *(_cell(case, runtime, form) for case in cases.values()))
+            for runtime, form, title in LINES
+            if any(best(case, f"{runtime} {form}") for case in cases.values())
+        ]
+        if body:
+            lines += ["", f"| batch {batch} | {' | '.join(TITLES.values())} |", "| --- " * 5 + "|"]
+            lines += [f"| {' | '.join(cells)} |" for cells in body]
+    notes = [*_threads(rows), *_training(rows), *_protocol(rows)]
+    notes += [
+        f"- {run['cpu']}, one thread; torch {run['torch']}, "
+        + ", ".join(f"{name} {run[name]}" for name in PACKAGES[2:])
+        + f"; commit {run['commit'][:12]}, {run['date'][:10]}."
+        for run in _distinct(runs)
+    ]
+    if not lines:
+        return "not yet measured"
+    return "\n".join([*lines[1:], "", *notes])
+
+
+def _distinct(runs: dict[str, Row]) -> list[Row]:
+    """One row for each commit and day, the oldest first."""
+    found = {(runs[date]["commit"], date[:10]): runs[date] for date in sorted(runs)}
+    return list(found.values())
+
+
+def _threads(rows: Rows) -> list[str]:
+    found = []
+    for network in NETWORKS:
+        case = case_rows(rows, INFERENCE, network, 8, threads=2)
+        alone, together = best(case, f"{OURS_ALONE} {DCD}"), best(case, f"{OURS} {DCD}")
+        if alone and together:
+            found.append(f"{float(alone['p50_us']) / float(together['p50_us']):.2f} ({TITLES[network]})")
+    return (
+        [f"- Ours with two threads at batch 8, times as fast as with one: {', '.join(found)}."]
+        if found
+        else []
+    )
+
+
+def _training(rows: Rows) -> list[str]:
+    found = []
+    for network in NETWORKS:
+        step = best(case_rows(rows, TRAINING, network, 8), PAPER)
+        if step:
+            memory = step["peak_to_static"]
+            found.append(
+                f"{TITLES[network]} {float(step['ratio_to_best_static']):.2f} of the time"
+                + (f" and {float(memory):.2f} of the memory" if memory else "")
+            )
+    text = "- A training step at batch 8 against that of the static network in PyTorch: "
+    return [f"{text}{', '.join(found)}."] if found else []
+
+
+def _protocol(rows: Rows) -> list[str]:
+    notes = []
+    for network in NETWORKS:
+        case = case_rows(rows, PROTOCOL, network, 1)
+        found = []
+        for runtime in (EAGER, OURS):
+            static, dynamic = (best(case, f"{runtime} {form}", "mean_us") for form in (STATIC, DCD))
+            if static and dynamic:
+                more = 100 * (float(dynamic["mean_us"]) / float(static["mean_us"]) - 1)
+                times = f"{_milliseconds(static, 'mean_us')} → {_milliseconds(dynamic, 'mean_us')} ms"
+                found.append(f"{runtime} {times} ({more:+.0f} %)")
+        if found:
+            notes.append(
+                f"- {TITLES[network]} by the paper's protocol (Section 5.5), mean over {case[0]['images']} "
+                f"images: {', '.join(found)}."
+            )
+    return notes
+
+
+def chart(rows: Rows, path: pathlib.Path) -> bool:
+    """Draw what DCD costs on every runtime as a PNG; False where there are no rows.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series: dict[str, dict[tuple[int, str], float]] = {}
+    for runtime, form, title in LINES:
+        if runtime == OPENVINO_BF16:
+            continue
+        for batch in BATCHES:
+            for network in NETWORKS:
+                row = best(case_rows(rows, INFERENCE, network, batch), f"{runtime} {form}")
+                if row:
+                    label = title.strip("*")
+                    series.setdefault(label, {})[batch, network] = float(row["ratio_to_best_static"])
+    if not series:
+        return False
+    figure, axes = pyplot.subplots(1, len(BATCHES), figsize=(10, 3.6), sharey=True, layout="constrained")
+    width = 0.8 / len(series)
+    greys = pyplot.get_cmap("Greys")
+    for axis, batch in zip(axes, BATCHES, strict=True):
+        for index, (label, values) in enumerate(series.items()):
+            colour = "tab:orange" if label == OURS else greys(0.25 + 0.5 * index / len(series))
+            places = [place + (index + 0.5) * width - 0.4 for place in range(len(NETWORKS))]
+            heights = [values.get((batch, network), 0.0) for network in NETWORKS]
+            axis.bar(places, heights, width, label=label, color=colour)
+        axis.axhline(1.0, color="black", linewidth=1)
+        axis.set_title(f"batch {batch}, one thread")
+        axis.set_xticks(range(len(NETWORKS)), TITLES.values(), fontsize=8)
+    axes[0].set_ylabel("DCD ÷ best static of any runtime")
+    axes[-1].legend(fontsize=8, frameon=False)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return True
