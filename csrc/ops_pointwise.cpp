@@ -23,7 +23,7 @@ Tensor mixed_pointwise(const Tensor& input,             // [N, Ci, *spatial]
     const ScalarType type = input.scalar_type();
     const bool channels_last = is_channels_last(input);
     const Tensor x = as_map(input, channels_last, type), w = dense(weight, type);
-    const OptionalTensor p_ = dense(p, kSingle), phi_ = dense(phi, kSingle), q_ = dense(q, kSingle),
+    const OptionalTensor p_ = dense(p, type), q_ = dense(q, type), phi_ = dense(phi, kSingle),
                          lam_ = dense(lam, kSingle), bias_ = dense(bias, kSingle);
     const OptionalTensor residual_ =
         residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
@@ -33,7 +33,7 @@ Tensor mixed_pointwise(const Tensor& input,             // [N, Ci, *spatial]
     s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
     s.input = const_map<T>(x);
     s.weight = static_cast<const T*>(w.const_data_ptr());
-    s.p = pointer<float>(p_), s.phi = pointer<float>(phi_), s.q = pointer<float>(q_);
+    s.p = pointer<T>(p_), s.q = pointer<T>(q_), s.phi = pointer<float>(phi_);
     s.lam = pointer<float>(lam_);
     s.bias = pointer<float>(bias_), s.bias_sample = bias && bias->dim() == 2 ? weight.size(0) : 0;
     if (residual_) s.residual = const_map<T>(*residual_);

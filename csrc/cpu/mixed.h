@@ -21,9 +21,9 @@ struct MixedParams {
     int64_t latent, blocks;  // latent channels of one block; latent = 0: no dynamic residual
     Map<const T> input;      // [N, Ci, P]
     const T* weight;         // [Co, Ci]
-    const float* p;          // [Co, L]
+    const T* p;              // [Co, L]
+    const T* q;              // [Ci, L]
     const float* phi;        // [N, B, L, L]
-    const float* q;          // [Ci, L]
     const float* lam;        // [N, Co] or null
     const float* bias;       // [Co] (bias_sample = 0), [N, Co] or null
     int64_t bias_sample;

@@ -48,6 +48,7 @@ struct Amx {
     using T = std::conditional_t<SPLIT, float, Bfloat16>;
     using Operand = uint16_t;
     static constexpr Products kProducts = Products::kAmx;
+    static constexpr bool kFinishes = false;
     static constexpr bool kSplit = SPLIT;
     static constexpr int64_t kBand = 32;
     using Unit = TileUnit<Tiles>;

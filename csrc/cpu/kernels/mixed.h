@@ -97,7 +97,7 @@ class MixedLayer {
     int64_t operand_bytes(int64_t k) const { return E::row(k) * static_cast<int64_t>(sizeof(Operand)); }
     // Pixels that are packed at a time: with a piece of the weights they stay in L2.
     int64_t most_pixels() const {
-        constexpr int64_t kBytes = 192 * 1024, kMost = 192;
+        constexpr int64_t kBytes = 192 * 1024, kMost = E::kFinishes ? 768 : 192;
         const int64_t fit = kBytes / operand_bytes(s_.in_channels) / kLanes * kLanes;
         return least(least(kMost, rounded(s_.pixels)), most<int64_t>(fit, 2 * kLanes));
     }
@@ -118,6 +118,8 @@ class MixedLayer {
     void place_shared(Places& places) {
         const int64_t k = s_.in_channels;
         if (s_.latent) {
+            p_ = places.take<float>(s_.out_channels * s_.latent);
+            q_ = places.take<float>(k * s_.latent);
             q_t_ = places.take<float>(all_ * k);
             if (!plan_.synthesised) {
                 q_rows_ = places.take<Operand>(rounded(all_) * E::row(k));
@@ -159,16 +161,24 @@ class MixedLayer {
 
     // --- operands ------------------------------------------------------------------------------------------
 
+    static void widen(const T* from, int64_t count, float* to) {
+        using Load = Elements<S, T>;
+        for (int64_t i = 0; i < count; i += S::kLanes)
+            Load::store(to + i, Load::load(from + i, count - i), count - i);
+    }
+
     // What all samples share.
     void prepare() {
         const int64_t k = s_.in_channels, l = s_.latent, inner = k / s_.blocks;
+        widen(s_.p, s_.out_channels * l, p_);
+        widen(s_.q, k * l, q_);
         if (l && plan_.synthesised) {
-            transpose<S>(s_.q, l, k, l, q_t_, k);
+            transpose<S>(q_, l, k, l, q_t_, k);
         } else if (l) {
             // every block's latent has rows of its own, zero outside of the block's channels
             for (int64_t i = 0; s_.blocks > 1 && i < all_ * k; ++i) q_t_[i] = 0;
             for (int64_t b = 0; b < s_.blocks; ++b)
-                transpose<S>(s_.q + b * inner * l, l, inner, l, q_t_ + b * (l * k + inner), k);
+                transpose<S>(q_ + b * inner * l, l, inner, l, q_t_ + b * (l * k + inner), k);
             E::to_rows(q_t_, k, all_, k, q_rows_);
             if (!plan_.channel_rows) E::rows_to_lanes(q_rows_, E::row(k), all_, k, q_lanes_);
         }
@@ -190,7 +200,7 @@ class MixedLayer {
         for_blocks(task.c0, task.c1, s_.out_channels / s_.blocks,
                    [&](int64_t b, int64_t first, int64_t last) {
                        Block<float> block;
-                       block.a = s_.p + first * l, block.a_row = l, block.a_k = 1;
+                       block.a = p_ + first * l, block.a_row = l, block.a_k = 1;
                        block.b = phi + b * l * l, block.b_k = l, block.k = l;
                        block.c = task.fused + (first - task.c0) * row + (plan_.synthesised ? 0 : b * l);
                        block.c_row = row;
@@ -207,10 +217,7 @@ class MixedLayer {
         const int64_t k = s_.in_channels, l = s_.latent;
         for (int64_t r0 = first; r0 < last; r0 += kSynthesis) {
             const int64_t r1 = least(r0 + kSynthesis, last);
-            for (int64_t r = r0; r < r1; ++r)
-                for (int64_t i = 0; i < k; i += S::kLanes)
-                    Elements<S, T>::store(task.piece + (r - r0) * k + i,
-                                          Elements<S, T>::load(s_.weight + r * k + i, k - i), k - i);
+            widen(s_.weight + r0 * k, (r1 - r0) * k, task.piece);
             for_blocks(r0, r1, s_.out_channels / s_.blocks, [&](int64_t b, int64_t top, int64_t bottom) {
                 for_block_and_rest(b, k / s_.blocks, 0, k, [&](bool inside, int64_t left, int64_t right) {
                     Block<float> block;
@@ -323,41 +330,74 @@ class MixedLayer {
     };
 
     void emit(Task& task, const Weights& w, const Pixels& x) const {
-        const int64_t k = s_.in_channels, channels = w.last - w.first, row = sums_row();
+        const int64_t channels = w.last - w.first;
         const int64_t rows = plan_.channel_rows ? channels : x.count;
         const int64_t lanes = plan_.channel_rows ? x.count : channels;
-        const bool two = !plan_.synthesised && s_.latent;
+        const Product product = plan_.channel_rows
+                                    ? Product{w.rows, w.row, task.x_lanes, x.count, 0, s_.in_channels}
+                                    : Product{x.rows, x.row, w.lanes, w.all_lanes, w.skipped, s_.in_channels};
+        Product second;
+        if (!plan_.synthesised && s_.latent) {
+            const int64_t skipped = w.first - task.c0, row = E::row(all_);
+            second =
+                plan_.channel_rows
+                    ? Product{task.fused_rows + skipped * row, row, task.latent_operand, x.count, 0, all_}
+                    : Product{task.latent_operand, row, task.fused_lanes, task.c1 - task.c0, skipped, all_};
+        }
+        if constexpr (E::kFinishes) {
+            if (!transposed_) {
+                const auto operands = [](const Product& p) {
+                    return E::product_of(p.rows, p.row, p.lanes, p.first, p.k);
+                };
+                E::multiply_and_finish(operands(product), operands(second), target(task, w.first, x.first),
+                                       rows, lanes);
+                return;
+            }
+        }
         const int64_t step = finish_rows(), parts = (rows + step - 1) / step;
         for (int64_t i = 0; i < parts; ++i) {
             const int64_t r0 = i * rows / parts, r1 = (i + 1) * rows / parts;
-            for (int64_t r = r0; r < r1; r += E::kBand) {
-                const int64_t band = least(E::kBand, r1 - r), at = (r - r0) * row;
-                if (plan_.channel_rows) {
-                    E::multiply(task.unit, w.rows + r * w.row, w.row, band, task.x_lanes, x.count, 0, lanes,
-                                k, task.sums + at, row);
-                    if (two)
-                        E::multiply(task.unit, task.fused_rows + (w.first - task.c0 + r) * E::row(all_),
-                                    E::row(all_), band, task.latent_operand, x.count, 0, lanes, all_,
-                                    task.second + at, row);
-                } else {
-                    E::multiply(task.unit, x.rows + r * x.row, x.row, band, w.lanes, w.all_lanes, w.skipped,
-                                lanes, k, task.sums + at, row);
-                    if (two)
-                        E::multiply(task.unit, task.latent_operand + r * E::row(all_), E::row(all_), band,
-                                    task.fused_lanes, task.c1 - task.c0, w.first - task.c0, lanes, all_,
-                                    task.second + at, row);
-                }
-            }
-            write(task, w, x, r0, r1 - r0, lanes, two);
+            multiply_rows(task, product, r0, r1, lanes, task.sums);
+            if (second.k) multiply_rows(task, second, r0, r1, lanes, task.second);
+            Finish<T> f = plan_.channel_rows ? target(task, w.first + r0, x.first)
+                                             : target(task, w.first, x.first + r0);
+            write(task, f, r1 - r0, lanes, second.k > 0);
         }
     }
 
-    // Finishes `rows` rows of sums from row r0 on.
-    void write(Task& task, const Weights& w, const Pixels& x, int64_t r0, int64_t rows, int64_t lanes,
-               bool two) const {
-        int64_t channel = w.first, pixel = x.first;
-        (plan_.channel_rows ? channel : pixel) += r0;
+    struct Product {
+        const Operand* rows = nullptr;
+        int64_t row = 0;
+        const Operand* lanes = nullptr;
+        int64_t all_lanes = 0, first = 0, k = 0;
+    };
+
+    void multiply_rows(Task& task, const Product& p, int64_t r0, int64_t r1, int64_t lanes, float* c) const {
+        for (int64_t r = r0; r < r1; r += E::kBand, c += E::kBand * sums_row())
+            E::multiply(task.unit, p.rows + r * p.row, p.row, least(E::kBand, r1 - r), p.lanes, p.all_lanes,
+                        p.first, lanes, p.k, c, sums_row());
+    }
+
+    // Where the map has this channel and pixel, and what is done to the sums there.
+    Finish<T> target(const Task& task, int64_t channel, int64_t pixel) const {
         Finish<T> f;
+        f.along_lanes = s_.channels_last;
+        f.lam = task.lam && !plan_.synthesised ? task.lam + channel : nullptr;
+        f.bias = task.bias ? task.bias + channel : nullptr;
+        f.activation = s_.activation;
+        const auto place = [&](const auto& map) {
+            return map.data + task.n * map.sample + channel * map.channel + pixel * map.pixel;
+        };
+        f.to = place(s_.output);
+        f.to_row = s_.channels_last ? s_.output.pixel : s_.output.channel;
+        if (s_.residual.data) {
+            f.residual = place(s_.residual);
+            f.residual_row = s_.channels_last ? s_.residual.pixel : s_.residual.channel;
+        }
+        return f;
+    }
+
+    void write(Task& task, Finish<T> f, int64_t rows, int64_t lanes, bool two) const {
         f.sums = task.sums, f.second = two ? task.second : nullptr, f.row = sums_row();
         if (transposed_) {
             transpose<S>(task.sums, sums_row(), rows, lanes, task.turned, turned_row());
@@ -365,19 +405,6 @@ class MixedLayer {
             f.sums = task.turned, f.second = two ? task.turned_second : nullptr, f.row = turned_row();
             const int64_t kept = rows;
             rows = lanes, lanes = kept;
-        }
-        f.along_lanes = s_.channels_last;
-        f.lam = task.lam && !plan_.synthesised ? task.lam + channel : nullptr;
-        f.bias = task.bias ? task.bias + channel : nullptr;
-        f.activation = s_.activation;
-        const auto place = [&](const auto& map, auto* data) {
-            return data + task.n * map.sample + channel * map.channel + pixel * map.pixel;
-        };
-        f.to = place(s_.output, s_.output.data);
-        f.to_row = s_.channels_last ? s_.output.pixel : s_.output.channel;
-        if (s_.residual.data) {
-            f.residual = place(s_.residual, s_.residual.data);
-            f.residual_row = s_.channels_last ? s_.residual.pixel : s_.residual.channel;
         }
         finish<S>(f, rows, lanes);
     }
@@ -387,7 +414,8 @@ class MixedLayer {
     const bool transposed_;  // the sums have rows where the maps have lanes
     const int64_t all_;      // latent channels of all blocks
     const bool direct_;
-    float* q_t_ = nullptr;  // [L, Ci]; factored: [B L, Ci]
+    float *p_ = nullptr, *q_ = nullptr;  // in fp32
+    float* q_t_ = nullptr;               // [L, Ci]; factored: [B L, Ci]
     Operand *q_rows_ = nullptr, *q_lanes_ = nullptr;
     Operand *weight_rows_ = nullptr, *weight_lanes_ = nullptr;  // of W0
 };

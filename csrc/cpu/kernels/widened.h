@@ -14,6 +14,7 @@ struct Widened {
     using T = Bfloat16;  // of the maps
     using Operand = float;
     static constexpr Products kProducts = Products::kWidened;
+    static constexpr bool kFinishes = false;  // multiply_and_finish() in one, see dot_products.h
     static constexpr bool kSplit = false;
     static constexpr int64_t kBand = 2 * Shape<S>::kRows;  // rows of one multiply()
     struct Unit {};                                        // what a task holds while it multiplies
