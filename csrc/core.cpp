@@ -32,15 +32,42 @@ py::dict build_info() {
     return info;
 }
 
-// The order of the product that a pointwise layer takes, and what the residual costs a sample in each order.
+// The ways to multiply bf16, and why each cannot run here or is not the one to take; empty where it is.
+py::dict products() {
+    py::dict ways;
+    for (int i = 0; i < dcd::kProducts; ++i) {
+        const auto way = static_cast<dcd::Products>(i);
+        ways[dcd::name_of(way)] = dcd::obstacle(way);
+    }
+    return ways;
+}
+
+dcd::Products products_called(const std::string& name) {
+    for (int i = 0; i < dcd::kProducts; ++i)
+        if (name == dcd::name_of(static_cast<dcd::Products>(i))) return static_cast<dcd::Products>(i);
+    throw py::value_error("products must be empty or a key of products(), got '" + name + "'");
+}
+
+// The order of the product that a pointwise layer takes, and what the residual costs a sample in each order;
+// `products` names a way to multiply bf16, and `split` says that the maps are fp32 all the same.
 py::dict pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t latent_channels, int64_t pixels,
-                        int64_t blocks) {
+                        int64_t blocks, const std::string& products, bool split, bool channels_last) {
     if (in_channels < 1 || out_channels < 1 || latent_channels < 0 || pixels < 0 || blocks < 1)
         throw py::value_error(
             "channels and blocks must be positive, latent_channels and pixels not negative");
+    py::dict plan;
+    if (!products.empty()) {
+        const dcd::MixedPlan mixed =
+            dcd::mixed_plan(products_called(products), split, in_channels, out_channels, latent_channels,
+                            blocks, pixels, channels_last);
+        plan["order"] = mixed.synthesised ? "synthesised" : "factored";
+        plan["rows"] = mixed.channel_rows ? "channels" : "pixels";
+        plan["synthesised_madds"] = mixed.synthesised_cost;
+        plan["factored_madds"] = mixed.factored_cost;
+        return plan;
+    }
     const dcd::ResidualCost cost =
         dcd::residual_cost(in_channels, out_channels, latent_channels, blocks, pixels);
-    py::dict plan;
     plan["order"] = latent_channels && cost.synthesis_pays() ? "synthesised" : "factored";
     plan["synthesised_madds"] = cost.synthesised;
     plan["factored_madds"] = cost.factored;
@@ -103,9 +130,14 @@ PYBIND11_MODULE(_core, m) {
         "instruction_set", [] { return std::string(dcd::instruction_set()); },
         "The one chosen for this CPU.");
     m.def("pointwise_plan", &pointwise_plan, py::arg("in_channels"), py::arg("out_channels"),
-          py::arg("latent_channels"), py::arg("pixels"), py::arg("blocks") = 1,
+          py::arg("latent_channels"), py::arg("pixels"), py::arg("blocks") = 1, py::arg("products") = "",
+          py::arg("split") = false, py::arg("channels_last") = false,
           "The order a pointwise layer takes, and the multiply-adds of its residual for one sample in each "
-          "order.");
+          "order; with bf16 products, in units of a multiply-add in float32, and what the rows of the "
+          "product are.");
+    m.def("products", &products,
+          "The ways to multiply bf16, best first: why each is not taken on this CPU, empty where nothing "
+          "speaks against it. The first without an obstacle runs.");
     m.def("network_layout", &network_layout, "How the program of a network is written.");
     m.def("pointwise", &pointwise, py::arg("input"), py::arg("weight"), py::arg("p"), py::arg("phi"),
           py::arg("q"), py::arg("lam"),

@@ -62,6 +62,8 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
         else if (type == ScalarType::Float)
             std::fill_n(static_cast<float*>(result.mutable_data_ptr()), count,
                         std::numeric_limits<float>::quiet_NaN());
+        else if (type == ScalarType::BFloat16)
+            std::fill_n(static_cast<uint16_t*>(result.mutable_data_ptr()), count, uint16_t(0x7fc0));
     }
 #endif
     return result;

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dcd_kernels import __version__, extension
+from dcd_kernels.backends import cpu
 from dcd_kernels.explain import support_table_markdown
 
 
@@ -60,6 +61,19 @@ def _built() -> list[tuple[str, str]]:
     return [*rows, ("this CPU runs", ", ".join(able))]
 
 
+def _products() -> list[tuple[str, str]]:
+    """How the CPU kernels multiply in bfloat16 and in float32, and why not in a better way."""
+    used = torch.ops.dcd_kernels.cpu_products()
+    precision = f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}"
+    if torch.ops.dcd_kernels.cpu_splits_float32():
+        single = f"pointwise layers split float32 into three products of bf16: {precision}"
+    elif used == "amx":
+        single = f"exact: {precision}; 'high' would split it into three products of bf16"
+    else:
+        single = "exact: only AMX would split it into three products of bf16"
+    return [("bf16", "; ".join([used, *cpu.better_products()])), ("float32", single)]
+
+
 def facts() -> list[tuple[str, str]]:
     """Name and value of everything but the support table."""
     rows = [
@@ -70,6 +84,8 @@ def facts() -> list[tuple[str, str]]:
         *_built(),
         ("kernels", f"loaded, running {instruction_set()}" if extension.LOADED else "NOT LOADED"),
     ]
+    if extension.LOADED:
+        rows += _products()
     if not extension.LOADED:
         rows.append(("reason", extension.REASON))
     rows.append(

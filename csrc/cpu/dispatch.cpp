@@ -23,10 +23,11 @@ struct InstructionSet {
     bool usable;
     const Kernels<float>* kernels;
     void (*network)(const NetworkCall&, const Runtime&);
+    const MixedKernels* widened;
 };
 
 const InstructionSet* instruction_sets(int* count) {
-#define DCD_ROW(name, usable) {#name, usable, &name::kernels_float, &name::run_network},
+#define DCD_ROW(name, usable) {#name, usable, &name::kernels_float, &name::run_network, &name::mixed},
     static const InstructionSet sets[] = {DCD_INSTRUCTION_SETS(DCD_ROW)};
 #undef DCD_ROW
     *count = static_cast<int>(sizeof(sets) / sizeof(sets[0]));
@@ -78,6 +79,10 @@ const Kernels<double>& kernels<double>() {
 
 void run_network(const NetworkCall& call, const Runtime& runtime) {
     current().load()->network(call, runtime);
+}
+
+const MixedKernels& widened_kernels() {
+    return *current().load()->widened;
 }
 
 }  // namespace dcd

@@ -4,6 +4,7 @@
 
 #include "../network.h"
 #include "latent_map.h"
+#include "mixed.h"
 #include "params.h"
 
 namespace dcd {
@@ -44,6 +45,7 @@ struct Kernels {
     namespace name {                                      \
     extern const Kernels<float> kernels_float;            \
     void run_network(const NetworkCall&, const Runtime&); \
+    extern const MixedKernels mixed;                      \
     }
 DCD_INSTRUCTION_SETS(DCD_DECLARE)
 #undef DCD_DECLARE
@@ -58,5 +60,6 @@ bool supports_instruction_set(const char* name);
 template <class T>
 const Kernels<T>& kernels();
 void run_network(const NetworkCall& call, const Runtime& runtime);
+const MixedKernels& widened_kernels();  // bf16 through fp32 tiles
 
 }  // namespace dcd

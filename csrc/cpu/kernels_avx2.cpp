@@ -4,8 +4,11 @@
 #define DCD_ISA avx2
 #include "kernels.h"
 #include "kernels/all.h"
+#include "kernels/mixed.h"
+#include "kernels/widened.h"
 #include "simd/avx2.h"
 
 namespace dcd::avx2 {
 const Kernels<float> kernels_float = all_kernels<Simd>();
-}
+const MixedKernels mixed = {&mixed_pointwise<Widened<Simd>>, nullptr};
+}  // namespace dcd::avx2

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "mixed.h"
+
 namespace dcd {
 
 // Multiply-adds that the dynamic residual adds to one sample, in either order (see kernels/lowrank.h).
@@ -17,5 +19,16 @@ struct ResidualCost {
 // latent: latent channels of one block.
 ResidualCost residual_cost(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t blocks,
                            int64_t pixels);
+
+// How a layer runs with bf16 products (see kernels/mixed.h), and what the dynamic residual costs a sample in
+// either order, in units of a multiply-add in fp32.
+struct MixedPlan {
+    bool synthesised;
+    bool channel_rows;  // the rows of the products are channels, the lanes pixels; else the reverse
+    int64_t synthesised_cost, factored_cost;
+};
+
+MixedPlan mixed_plan(Products products, bool split, int64_t in_channels, int64_t out_channels, int64_t latent,
+                     int64_t blocks, int64_t pixels, bool channels_last);
 
 }  // namespace dcd

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The compiled CPU kernels: every form, in float32 and float64, and in half precision through float32."""
+"""The compiled CPU kernels: every form, in float32 and float64; half precision through float32, but for the
+products of pointwise layers in bfloat16, which the best instruction of the CPU makes."""
 
 from __future__ import annotations
 
@@ -15,9 +16,18 @@ NAME = "cpu"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NOTES = {
     torch.float64: "the portable baseline kernel",
-    torch.bfloat16: "computed in float32 and rounded back",
+    torch.bfloat16: "pointwise and linear layers multiply bfloat16 and add up in float32; other forms and "
+    "gradients are computed in float32 and rounded back",
     torch.float16: "computed in float32 and rounded back",
 }
+_MIXED = ("pointwise", "linear")  # forms whose products may be bfloat16
+_PRODUCTS = {
+    "amx": "products of bf16 by AMX tiles",
+    "amx_emulated": "products of bf16 by emulated AMX tiles",
+    "avx512_bf16": "products of bf16 by vdpbf16ps",
+    "widened": "products of bf16 in float32",
+}
+_SPLIT = "float32 split into three products of bf16 by AMX tiles"
 _KERNELS = {
     "pointwise": "fused pointwise kernel",
     "linear": "fused pointwise kernel",
@@ -57,7 +67,26 @@ def can_run(
 def kernel(op: str, dtype: torch.dtype) -> str:
     """What runs a call, in words."""
     isa = "baseline" if dtype == torch.float64 else torch.ops.dcd_kernels.cpu_isa()
-    return f"{_KERNELS[op]} ({isa})"
+    return f"{_KERNELS[op]} ({isa}{', ' + how if (how := _how(op, dtype)) else ''})"
+
+
+def _how(op: str, dtype: torch.dtype) -> str:
+    """How a form multiplies, where that is not in its dtype."""
+    if op not in _MIXED:
+        return ""
+    if dtype == torch.bfloat16:
+        return _PRODUCTS[torch.ops.dcd_kernels.cpu_products()]
+    if dtype == torch.float32 and torch.ops.dcd_kernels.cpu_splits_float32():
+        return _SPLIT
+    return ""
+
+
+def better_products() -> list[str]:
+    """Why the ways to multiply bf16 that are better than the one in use are not taken."""
+    used = torch.ops.dcd_kernels.cpu_products()
+    names = list(_PRODUCTS)
+    better = [name for name in names[: names.index(used)] if name != "amx_emulated"]
+    return [f"no {name}: {torch.ops.dcd_kernels.cpu_products_obstacle(name)}" for name in better]
 
 
 def plan(
@@ -85,9 +114,15 @@ def plan(
     out_channels, in_channels = weight.shape[:2]
     blocks = phi.shape[1] if phi.dim() == 4 else 1
     sizes = (in_channels, out_channels, p.shape[1])
-    cost = _core.pointwise_plan(*sizes, 1, blocks)
-    limit = cost["synthesised_madds"] // cost["factored_madds"]
+    options = {"blocks": blocks}
+    why = ""
+    if how := _how(op, input.dtype):
+        options |= {"products": torch.ops.dcd_kernels.cpu_products(), "split": input.dtype == torch.float32}
+        why = "; ".join(["", how, *better_products()])
+    many = 1 << 20
+    cost = _core.pointwise_plan(*sizes, many, **options)
+    limit = many * cost["synthesised_madds"] // cost["factored_madds"]
     counted = f"{pixels} output pixel{'' if pixels == 1 else 's'}"
-    if _core.pointwise_plan(*sizes, pixels, blocks)["order"] == "synthesised":
-        return f"W_n is synthesised in cache: {counted}, more than {limit}"
-    return f"W_n is applied in factors: {counted}, not more than {limit}"
+    if _core.pointwise_plan(*sizes, pixels, **options)["order"] == "synthesised":
+        return f"W_n is synthesised in cache: {counted}, more than {limit}{why}"
+    return f"W_n is applied in factors: {counted}, not more than {limit}{why}"

@@ -45,6 +45,33 @@ struct Simd {
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
     }
 
+    // bf16 and back, to the nearest, ties to even.
+    static inline Vec widen(const uint16_t* p) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+    }
+    static inline Vec widen_first(const uint16_t* p, int count) {
+        alignas(16) uint16_t lanes[kLanes] = {};
+        for (int i = 0; i < count; ++i) lanes[i] = p[i];
+        return widen(lanes);
+    }
+    static inline void narrow(uint16_t* p, Vec x) {
+        const __m256i bits = _mm256_castps_si256(x.v), one = _mm256_set1_epi32(1);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+        const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+        const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+        const __m128i packed =
+            _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+    }
+    static inline void narrow_first(uint16_t* p, Vec x, int count) {
+        alignas(16) uint16_t lanes[kLanes];
+        narrow(lanes, x);
+        for (int i = 0; i < count; ++i) p[i] = lanes[i];
+    }
+
     // out[i] = sum of the i-th operand's lanes
     static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
         const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));

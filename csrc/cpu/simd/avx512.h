@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Sixteen fp32 lanes, AVX-512 F/DQ/BW/VL.
+// Sixteen fp32 lanes, AVX-512 F/DQ/BW/VL. Several files include this, each in a namespace of its own.
 #pragma once
 
 #include <immintrin.h>
@@ -8,7 +8,7 @@
 
 #include "exp.h"
 
-namespace dcd::avx512 {
+namespace dcd::DCD_ISA {
 
 struct Simd {
     using Scalar = float;
@@ -41,6 +41,35 @@ struct Simd {
     static inline Vec max(Vec bound, Vec x) { return {_mm512_max_ps(bound.v, x.v)}; }
     static inline Vec min(Vec bound, Vec x) { return {_mm512_min_ps(bound.v, x.v)}; }
     static inline float sum(Vec x) { return _mm512_reduce_add_ps(x.v); }
+
+    // bf16 and back, to the nearest, ties to even.
+    static inline __m512 widened(__m256i x) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+    }
+    static inline __m256i narrowed(__m512 x) {
+#if defined(__AVX512BF16__)
+        return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#else
+        const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+    }
+    static inline Vec widen(const uint16_t* p) {
+        return {widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+    static inline Vec widen_first(const uint16_t* p, int count) {
+        return {widened(_mm256_maskz_loadu_epi16(first(count), p))};
+    }
+    static inline void narrow(uint16_t* p, Vec x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed(x.v));
+    }
+    static inline void narrow_first(uint16_t* p, Vec x, int count) {
+        _mm256_mask_storeu_epi16(p, first(count), narrowed(x.v));
+    }
 
     // out[i] = sum of the i-th operand's lanes
     static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
@@ -85,4 +114,4 @@ struct Simd {
     }
 };
 
-}  // namespace dcd::avx512
+}  // namespace dcd::DCD_ISA

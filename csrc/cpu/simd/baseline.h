@@ -59,6 +59,26 @@ struct Simd {
         for (int i = 1; i < kLanes; ++i) s += lanes[i];
         return s;
     }
+    // bf16 and back, to the nearest, ties to even.
+    static inline Vec widen(const uint16_t* p) { return widen_first(p, kLanes); }
+    static inline Vec widen_first(const uint16_t* p, int count) {
+        uint32_t bits[kLanes] = {};
+        for (int i = 0; i < count; ++i) bits[i] = uint32_t(p[i]) << 16;
+        Vec r;
+        std::memcpy(&r.v, bits, sizeof(Data));
+        return r;
+    }
+    static inline void narrow(uint16_t* p, Vec x) { narrow_first(p, x, kLanes); }
+    static inline void narrow_first(uint16_t* p, Vec x, int count) {
+        uint32_t bits[kLanes];
+        std::memcpy(bits, &x.v, sizeof(Data));
+        for (int i = 0; i < count; ++i) {
+            const bool nan = (bits[i] & 0x7fffffff) > 0x7f800000;
+            p[i] = static_cast<uint16_t>(
+                (nan ? bits[i] | 0x400000 : bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16);
+        }
+    }
+
     // out[i] = sum of the i-th operand's lanes
     static inline void sum4(Vec a, Vec b, Vec c, Vec d, T* out) {
         out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
