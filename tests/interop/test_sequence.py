@@ -22,10 +22,12 @@ pytestmark = pytest.mark.skipif(not extension.LOADED, reason=extension.REASON)
 class Called(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.fused = 0
+        self.fused = self.pointwise = self.depthwise = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.fused += func is torch.ops.dcd_kernels.batch_norm_act.default
+        self.pointwise += func is torch.ops.dcd_kernels.pointwise.default
+        self.depthwise += func is torch.ops.dcd_kernels.depthwise.default
         return func(*args, **(kwargs or {}))
 
 
@@ -119,6 +121,49 @@ def test_global_hooks_see_all_modules(images):
     finally:
         handle.remove()
     assert nn.BatchNorm2d in seen
+
+
+CONVOLUTIONS = {
+    "pointwise": (lambda: nn.Conv2d(3, 5, 1), "pointwise"),
+    "without bias": (lambda: nn.Conv2d(3, 5, 1, bias=False), "pointwise"),
+    "strided": (lambda: nn.Conv2d(3, 5, 1, 2), None),
+    "padded": (lambda: nn.Conv2d(3, 5, 1, padding=1), None),
+    "grouped": (lambda: nn.Conv2d(3, 6, 1, groups=3), None),
+    "dense": (lambda: nn.Conv2d(3, 5, 3, padding=1), None),
+    "depthwise": (lambda: nn.Conv2d(3, 3, 3, padding=1, groups=3), "depthwise"),
+    "strided depthwise": (lambda: nn.Conv2d(3, 3, 3, 2, padding=1, groups=3), None),
+    "dilated depthwise": (lambda: nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3), None),
+    "reflecting depthwise": (lambda: nn.Conv2d(3, 3, 3, padding=1, groups=3, padding_mode="reflect"), None),
+    "multiplied depthwise": (lambda: nn.Conv2d(3, 6, 3, padding=1, groups=3), None),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_static_convolutions(kind, layout, images, monkeypatch):
+    monkeypatch.setattr(sequence, "_LARGE", 1)
+    make, ours = CONVOLUTIONS[kind]
+    module = nn.Sequential(make(), nn.ReLU()).double().to(memory_format=layout)
+    images = images.to(memory_format=layout)
+    same(module, images, 0)
+    for training, count in ((True, 1), (False, 0)):
+        with Called() as called:
+            sequence.run(module.train(training), images)
+        assert called.pointwise == (count if ours == "pointwise" else 0)
+        assert called.depthwise == (count if ours == "depthwise" else 0)
+
+
+def test_small_depthwise_layers_are_torchs(images):
+    with Called() as called:
+        sequence.run(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3)).double(), images)
+    assert called.depthwise == 0
+
+
+def test_convolutions_under_autocast_are_torchs():
+    module, images = nn.Sequential(nn.Conv2d(3, 5, 1)), torch.randn(2, 3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16), Called() as called:
+        assert torch.equal(sequence.run(module, images), module(images))
+    assert called.pointwise == 0
 
 
 def test_a_single_value_is_torchs_error():
