@@ -210,3 +210,14 @@ def apply(
                 if all(0 <= i < length for i, length in zip(read, input.shape[2:], strict=True)):
                     y[(s, slice(None), *pixel)] += matrix @ input[(s, slice(None), *read)]
     return finish(y, bias, residual, activation)
+
+
+def batch_norm_act(x, weight, bias, eps, activation) -> np.ndarray:
+    """Normalised by mean and biased variance of each channel over samples and pixels."""
+    y = np.empty_like(x)
+    for c in range(x.shape[1]):
+        values = x[:, c]
+        deviation = np.sqrt(np.mean((values - np.mean(values)) ** 2) + eps)
+        y[:, c] = (values - np.mean(values)) / deviation
+        y[:, c] = y[:, c] * (1 if weight is None else weight[c]) + (0 if bias is None else bias[c])
+    return activate(y, activation)

@@ -5,6 +5,7 @@
 #include "../network.h"
 #include "latent_map.h"
 #include "mixed.h"
+#include "norm_act.h"
 #include "params.h"
 
 namespace dcd {
@@ -25,6 +26,8 @@ struct Kernels {
     void (*branch_grad)(const BranchGradParams<T>&, const Runtime&);
     void (*latent_map)(const LatentMapParams<T>&, const Runtime&);
     void (*latent_map_grad)(const LatentMapGradParams<T>&, const Runtime&);
+    void (*norm_act)(const NormActParams<T>&, const Runtime&);
+    void (*norm_act_grad)(const NormActGradParams<T>&, const Runtime&);
 };
 
 // One X-macro row an instruction set: name, what it asks of the machine. Best first. It declares the tables

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import branch, layers, match, patch, probe
+from . import branch, layers, match, patch, probe, sequence
 from .trace import Untraceable, trace
 
 
@@ -28,10 +28,15 @@ class Entry:
 
 
 class Report:
-    """The modules of a model that are, or look like, dynamic convolution decomposition; a sequence."""
+    """The modules of a model that are, or look like, dynamic convolution decomposition; a sequence.
 
-    def __init__(self, entries: list[Entry]) -> None:
+    ``containers`` are the names of the ``nn.Sequential`` whose norms run with the activations behind them in
+    training.
+    """
+
+    def __init__(self, entries: list[Entry], containers: list[str]) -> None:
         self._entries = entries
+        self.containers = containers
 
     @property
     def taken(self) -> list[Entry]:
@@ -61,6 +66,9 @@ class Report:
         for entry in self:
             mark = "+" if entry.taken else "-"
             lines.append(f"{mark} {entry.name:<{width}}  {entry.kind:<{kinds}}  {entry.reason}")
+        if self.containers:
+            count = len(self.containers)
+            lines.append(f"norms and their activations fused in training, in {count} nn.Sequential")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -82,6 +90,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     layers of the latent, SyncBatchNorm, an attribute that changed, other arguments. Copies (deepcopy) are
     patched like their original; a pickle holds the unpatched module and needs no dcd_kernels to load.
 
+    Where a module was patched, so are the plain ``nn.Sequential`` of the model that hold norms: in training
+    on the CPU, a norm by the batch's statistics and the activation behind it are one op.
+
     Args:
         model: any module, a DCD module itself or a network of them. Patched already: looked at again.
 
@@ -101,6 +112,10 @@ def accelerate(model: nn.Module) -> nn.Module:
         patch.remove(module)
         if recipe is not None:
             patch.install(module, recipe)
+    for _, module in _containers(model):
+        patch.remove(module)
+        if not _is_overridden(module):
+            patch.install_sequence(module)
     return model
 
 
@@ -129,7 +144,7 @@ def report(model: nn.Module) -> Report:
     from ..inference.optimize import OptimizedNetwork, entries_of  # it is built on this module
 
     if isinstance(model, OptimizedNetwork):
-        return Report([Entry(*entry) for entry in entries_of(model)])
+        return Report([Entry(*entry) for entry in entries_of(model)], [])
     entries = []
     for name, module in _candidates(model):
         installed = patch.recipe_of(module)
@@ -143,7 +158,7 @@ def report(model: nn.Module) -> Report:
             elif not _has_latent(module):
                 continue
         entries.append(Entry(name, type(module).__name__, installed is not None, reason))
-    return Report(entries)
+    return Report(entries, [name for name, module in model.named_modules() if patch.is_sequence(module)])
 
 
 def _require_module(caller: str, model: object) -> None:
@@ -156,6 +171,25 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in list(model.named_modules()):
         if not type(module).__module__.startswith(("torch.", "dcd_kernels.nn")) and _has_parts(module):
             yield name, module
+
+
+def _containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The containers with norms outside of patched modules, if there are any of these."""
+    taken = [name for name, module in model.named_modules() if patch.recipe_of(module) is not None]
+    inside = tuple(f"{name}." if name else "" for name in taken)
+    for name, module in list(model.named_modules()):
+        if taken and sequence.has_norms(module) and not name.startswith(inside):
+            yield name, module
+
+
+def _is_overridden(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own that is not ours."""
+    return (
+        "forward" in vars(module)
+        and patch.recipe_of(module) is None
+        and not patch.is_sequence(module)
+        and not _is_plain_method(module)
+    )
 
 
 def _examined(module: nn.Module) -> tuple[patch.Recipe | None, str]:
@@ -219,7 +253,7 @@ def examine(module: nn.Module) -> patch.Recipe:
     Raises:
         Untraceable, match.NoMatch, probe.Differs: with the reason to leave it alone.
     """
-    if "forward" in vars(module) and patch.recipe_of(module) is None and not _is_plain_method(module):
+    if _is_overridden(module):
         raise Untraceable("the instance has a forward of its own already")
     twin = probe.random_twin(module)
     traces = {mode: trace(twin, mode) for mode in (True, False)}

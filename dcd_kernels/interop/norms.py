@@ -63,7 +63,7 @@ def map_latent(
         rows = iter(statistics)
         for norm, described, track in ((norm1, first, track1), (norm2, second, track2)):
             if described.statistics == BATCH:
-                _move(norm, next(rows), next(rows), track)
+                move(norm, next(rows), next(rows), track)
     return mapped, shift
 
 
@@ -95,10 +95,10 @@ def _described(norm: nn.Module | None, shape: Sequence[int]) -> tuple[Norm, _Tra
         return Norm(GROUPS, groups, norm.eps, norm.weight, norm.bias), None
     if not _takes_batch(norm):
         return Norm(RUNNING, 0, norm.eps, norm.weight, norm.bias, norm.running_mean, norm.running_var), None
-    return Norm(BATCH, 0, norm.eps, norm.weight, norm.bias), _counted(norm, shape)
+    return Norm(BATCH, 0, norm.eps, norm.weight, norm.bias), count_batch(norm, shape)
 
 
-def _counted(norm: nn.Module, shape: Sequence[int]) -> _Tracking | None:
+def count_batch(norm: nn.Module, shape: Sequence[int]) -> _Tracking | None:
     """Counts the batch as nn.BatchNorm does, also one that it then refuses."""
     tracks = norm.training and norm.track_running_stats
     momentum = 0.0 if norm.momentum is None else norm.momentum
@@ -120,7 +120,7 @@ def _require_values(shape: Sequence[int]) -> int:
     return count
 
 
-def _move(norm: nn.Module, mean: Tensor, variance: Tensor, track: _Tracking | None) -> None:
+def move(norm: nn.Module, mean: Tensor, variance: Tensor, track: _Tracking | None) -> None:
     """Moves the running statistics, as nn.BatchNorm does."""
     if track is None:
         return

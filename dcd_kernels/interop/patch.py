@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 
 from .. import extension
 from ..backends import selection
-from . import fused, layers, shortcut
+from . import fused, layers, sequence, shortcut
 from .branch import Branch
 from .guards import Guards, Path, child, guard
 from .match import Match
 from .trace import Trace
 
 _MARK = "dcd_recipe"  # attribute of the function that makes it ours
+_SEQUENCE_MARK = "dcd_sequence"  # the same of a container
 _PATCHED = ("forward", "_replicate_for_data_parallel")  # attributes of a patched instance
 
 Found = list[tuple[Match, Branch | None]]
@@ -178,6 +179,26 @@ def install(module: nn.Module, recipe: Recipe) -> None:
 
     forward.__signature__ = inspect.signature(own)  # torch.export goes by the names of the arguments
     setattr(forward, _MARK, recipe)
+    _bind(module, forward)
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether ``module`` is a patched container."""
+    return hasattr(getattr(vars(module).get("forward"), "__func__", None), _SEQUENCE_MARK)
+
+
+def install_sequence(module: nn.Sequential) -> None:
+    """Patches a container, so that its norms run with the activations behind them."""
+
+    # the name by which it pickles
+    def forward(self, input):
+        return sequence.run_within(self, input)
+
+    setattr(forward, _SEQUENCE_MARK, True)
+    _bind(module, forward)
+
+
+def _bind(module: nn.Module, forward: Callable) -> None:
     module.forward = types.MethodType(forward, module)
     module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)
 
@@ -194,7 +215,7 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
 def remove(module: nn.Module) -> None:
     """Takes the patch off ``module``, if there is one."""
     shortcut.forget(module)
-    if recipe_of(module) is not None:
+    if recipe_of(module) is not None or is_sequence(module):
         for name in _PATCHED:
             delattr(module, name)
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dcd_kernels.interop import sequence
 from dcd_kernels.models.common import SQUEEZES, Layers, check_network
 from dcd_kernels.nn.branch import one_of
 from dcd_kernels.nn.conv import DCDConv2d
@@ -68,7 +69,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        output = self.conv(input)
+        output = sequence.run(self.conv, input)
         return input + output if self.skip else output
 
 
@@ -184,7 +185,7 @@ class MobileNetV2(nn.Module):
                 nn.init.kaiming_normal_(module.conv[-2].weight, nonlinearity="linear")
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.classifier(self.features(input).mean((2, 3)))
+        return self.classifier(sequence.run(self.features, input).mean((2, 3)))
 
 
 def mobilenet_v2(width_mult: float = 1.0, num_classes: int = 1000, **options) -> MobileNetV2:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
-from . import autocast, autograd, branch, fakes, flops, latent_map, layer, moments  # noqa: F401 (flops registers formulas)
+from . import autocast, autograd, branch, fakes, flops, latent_map, layer, moments, norm  # noqa: F401 (flops registers formulas)
 from .calls import call
 
 __all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_pooled"]
@@ -50,6 +50,7 @@ moments.register(_library)
 branch.register(_library)
 latent_map.register(_library)
 layer.register(_library)
+norm.register(_library)
 autocast.register(_library, [*(form.forward for form in _FORMS), _pooled, moments.OP])
 _pointwise_function, _apply_function, _depthwise_function = (
     autograd.register(_library, form) for form in _FORMS

@@ -14,6 +14,7 @@ _NAMES = (
     "channel_sums",
     "branch",
     "released_layer",
+    "batch_norm_act",
 )
 
 

@@ -193,5 +193,11 @@ def released_layer(
     return 2 * input[0] * (branch + weight[0] * weight[1] * pixels + dynamic)
 
 
+@register_flop_formula([_ops.batch_norm_act, _ops.batch_norm_act_backward])
+def batch_norm_act(*args, out_shape=None) -> int:
+    """Nothing: torch counts no norm and no activation."""
+    return 0
+
+
 def _numbers(*shapes) -> int:
     return sum(math.prod(shape) for shape in shapes if shape is not None)

@@ -10,6 +10,7 @@
 #include "depthwise.h"
 #include "latent_map_grad.h"
 #include "moments_grad.h"
+#include "norm_act.h"
 #include "pointwise.h"
 #include "pointwise_grad.h"
 #include "quadrants_grad.h"
@@ -18,9 +19,10 @@ namespace dcd::DCD_ISA {
 
 template <class S>
 constexpr Kernels<typename S::Scalar> all_kernels() {
-    return {&pointwise<S>,    &pointwise_grad<S>, &apply<S>,          &apply_grad<S>,     &moments<S>,
-            &moments_grad<S>, &depthwise<S>,      &depthwise_grad<S>, &channel_sums<S>,   &quadrants_grad<S>,
-            &branch<S>,       &branch_grad<S>,    &latent_map<S>,     &latent_map_grad<S>};
+    return {&pointwise<S>,    &pointwise_grad<S>,  &apply<S>,     &apply_grad<S>,
+            &moments<S>,      &moments_grad<S>,    &depthwise<S>, &depthwise_grad<S>,
+            &channel_sums<S>, &quadrants_grad<S>,  &branch<S>,    &branch_grad<S>,
+            &latent_map<S>,   &latent_map_grad<S>, &norm_act<S>,  &norm_act_grad<S>};
 }
 
 }  // namespace dcd::DCD_ISA

@@ -39,6 +39,10 @@ struct Simd {
     // max and min return their second operand when either is NaN, so NaN in x propagates.
     static inline Vec max(Vec bound, Vec x) { return {_mm256_max_ps(bound.v, x.v)}; }
     static inline Vec min(Vec bound, Vec x) { return {_mm256_min_ps(bound.v, x.v)}; }
+    // x where a > b, else 0
+    static inline Vec keep_greater(Vec a, Vec b, Vec x) {
+        return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), x.v)};
+    }
     static inline float sum(Vec x) {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));

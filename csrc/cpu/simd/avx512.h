@@ -40,6 +40,10 @@ struct Simd {
     // max and min return their second operand when either is NaN, so NaN in x propagates.
     static inline Vec max(Vec bound, Vec x) { return {_mm512_max_ps(bound.v, x.v)}; }
     static inline Vec min(Vec bound, Vec x) { return {_mm512_min_ps(bound.v, x.v)}; }
+    // x where a > b, else 0
+    static inline Vec keep_greater(Vec a, Vec b, Vec x) {
+        return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), x.v)};
+    }
     static inline float sum(Vec x) { return _mm512_reduce_add_ps(x.v); }
 
     // bf16 and back, to the nearest, ties to even.

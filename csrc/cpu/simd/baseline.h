@@ -52,6 +52,8 @@ struct Simd {
     // max and min return their second operand when either is NaN, so NaN in x propagates.
     static inline Vec max(Vec bound, Vec x) { return {bound.v > x.v ? bound.v : x.v}; }
     static inline Vec min(Vec bound, Vec x) { return {bound.v < x.v ? bound.v : x.v}; }
+    // x where a > b, else 0
+    static inline Vec keep_greater(Vec a, Vec b, Vec x) { return {a.v > b.v ? x.v : Data{}}; }
     static inline T sum(Vec x) {
         T lanes[kLanes];
         store(lanes, x);
