@@ -71,6 +71,7 @@ class Plan:
         self.described = _described(watch)
         self.captured = Captured(network)
         self.root = _Root(network)
+        self.rank = example.dim()
         shapes = Shapes(self.root, self.captured.graph)
         with torch.no_grad():
             shapes.run(example)
@@ -140,6 +141,10 @@ class Plan:
     def __call__(self, input: Tensor) -> object:
         if self.whole is not None:
             return self.whole([input])[0]
+        with torch.no_grad():
+            return self._interpreted(input)
+
+    def _interpreted(self, input: Tensor) -> object:
         interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.captured.graph)
         values = interpreter.env
         values[self.input] = input
