@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
-from dcd_kernels.interop import acceleration, patch
+from dcd_kernels.interop import acceleration, layers, patch
 from dcd_kernels.models.released.layers import ReleasedLayer
 from dcd_kernels.nn.layer import DCDLayer
 
@@ -33,6 +34,20 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.whole or super().is_leaf_module(m, module_qualified_name)
 
+    def create_arg(self, a: object) -> object:
+        own = isinstance(a, nn.Parameter) or any(a is buffer for buffer in self.root.buffers())
+        if isinstance(a, torch.Tensor) and not own:
+            # a constant of the graph from now on, whether it is drawn, or depends on a device or a mode
+            raise TypeError("it makes a tensor that depends on none of its inputs")
+        return super().create_arg(a)
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether calling ``module`` in eval mode does something else than the forward of its class."""
+    if patch.is_sequence(module):  # an accelerated container: its forward differs in training alone
+        return bool(module._forward_hooks or module._forward_pre_hooks)
+    return layers.is_altered(module)
+
 
 class Captured:
     """A network's graph; ``recipes`` are those of its modules of the released form."""
@@ -41,29 +56,40 @@ class Captured:
         self.network = network
         known = {module for module in network.modules() if isinstance(module, (DCDLayer, ReleasedLayer))}
         self.recipes = acceleration.recipes(network, known)
-        whole = known | set(self.recipes)
-        self.opaque: dict[nn.Module, str] = {}
+        self.whole = known | set(self.recipes)
+        self.opaque: dict[nn.Module, str] = {
+            module: "it has hooks, or a forward of its own"
+            for module in network.modules()
+            if module not in self.whole and _is_altered(module)
+        }
         while True:
             root = _Root(network)
             try:
-                self.graph = _Tracer(whole | set(self.opaque)).trace(root)
+                self.graph = self._trace(root)
                 return
             except Exception as error:
-                culprit = self._untraceable(network, whole)
-                if culprit is None:
+                if network in self.opaque:
                     raise
-                self.opaque[culprit] = f"torch.fx cannot follow its forward: {str(error).splitlines()[0]}"
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                self.opaque[self._untraceable(network)] = f"torch.fx cannot follow its forward: {reason}"
 
-    def _untraceable(self, network: nn.Module, whole: set[nn.Module]) -> nn.Module | None:
-        """An innermost module whose forward cannot be followed."""
+    def _trace(self, root: nn.Module) -> fx.Graph:
+        return _Tracer(self.whole | set(self.opaque)).trace(root)
+
+    def _untraceable(self, network: nn.Module) -> nn.Module:
+        """An innermost module whose forward cannot be followed; the network where each can by itself."""
         for module in reversed(list(network.modules())):
-            if module in whole or module in self.opaque or type(module).__module__.startswith("torch.nn"):
+            if (
+                module in self.whole
+                or module in self.opaque
+                or type(module).__module__.startswith("torch.nn")
+            ):
                 continue
             try:
-                _Tracer(whole | set(self.opaque)).trace(module)
+                self._trace(module)
             except Exception:
                 return module
-        return None
+        return network
 
     def module(self, node: fx.Node) -> nn.Module:
         """What a call_module node calls."""

@@ -3,33 +3,22 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from dcd_kernels.checks import ACTIVATIONS
 
 from . import layers
 from .capture import Captured
-from .layers import Convolution, Unsupported
+from .classify import Facts, activation_code, is_sum, layer_of, max_pool_geometry
+from .layers import Convolution
 from .pack import Layer
 from .program import BLOCK, LAYOUT, Constant, Step, Value, padded
 
-_ADDITIONS = {operator.add, operator.iadd, torch.add}
-_ACTIVATIONS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-}
 # what runs for kinds of nodes whose steps have nothing more to say
 _TOLD = {"same": "nothing to compute", "mean": "means", "add": "sum", "max_pool": "max pooling"}
-_DROPOUTS = {F.dropout, F.dropout2d}
 
 
 @dataclass
@@ -48,38 +37,6 @@ class Piece:
     told: dict[fx.Node, str] = field(default_factory=dict)
 
 
-@dataclass
-class Facts:
-    """What is known of the nodes of a graph.
-
-    ``shapes`` are those of one example; ``flat`` the nodes that are vectors whatever the size of the images;
-    ``kinds`` the step that each node is, ``reasons`` why others are none.
-    """
-
-    shapes: dict[fx.Node, torch.Size]
-    flat: set[fx.Node] = field(default_factory=set)
-    kinds: dict[fx.Node, str] = field(default_factory=dict)
-    reasons: dict[fx.Node, str] = field(default_factory=dict)
-
-    def learn(self, captured: Captured) -> None:
-        for node in captured.graph.nodes:
-            if node.op in ("placeholder", "output", "get_attr"):
-                kind = None
-            else:
-                try:
-                    kind = classify(captured, node, self)
-                    self.kinds[node] = kind
-                except Unsupported as error:
-                    kind = None
-                    self.reasons[node] = str(error)
-            if (
-                kind == "mean"
-                or (kind in ("same", "add") and node.args[0] in self.flat)
-                or len(self.shapes.get(node, ())) == 2
-            ):
-                self.flat.add(node)
-
-
 @dataclass(frozen=True)
 class _Chain:
     """A layer and what of its followers is computed with it."""
@@ -91,11 +48,19 @@ class _Chain:
     last: fx.Node
 
 
+class Alone(Exception):
+    """A node that was to be computed with the one before it and cannot be."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(str(node))
+        self.node = node
+
+
 class Lowering:
     """Turns the nodes of one piece into steps, in their order.
 
     Raises:
-        Unsupported: by `lower`, for a node that has no kernel here.
+        Alone: by `run`, for a norm or an activation that no layer of this piece takes in.
     """
 
     def __init__(self, captured: Captured, facts: Facts, nodes: list[fx.Node]) -> None:
@@ -178,11 +143,15 @@ class Lowering:
         if kind in _TOLD:
             self.piece.told[node] = _TOLD[kind]
 
+    def _lower_follower(self, node: fx.Node) -> None:
+        raise Alone(node)
+
     def _lower_same(self, node: fx.Node) -> None:
         self.values[node] = self._value(node.args[0])
 
     def _lower_mean(self, node: fx.Node) -> None:
-        self.values[node] = self._pooled(self._value(node.args[0]), 1)
+        value = self._value(node.args[0])
+        self.values[node] = self._pooled(value, 1) if value.image else value
 
     def _lower_add(self, node: fx.Node) -> None:
         left, right = node.args
@@ -191,8 +160,8 @@ class Lowering:
     def _elementwise(self, node: fx.Node, left: Value, right: Value) -> None:
         last, activation = node, 0
         user = self._only_user(node)
-        if user is not None and classify_activation(self.captured, user) is not None:
-            last, activation = user, classify_activation(self.captured, user)
+        if user is not None and activation_code(self.captured, user) is not None:
+            last, activation = user, activation_code(self.captured, user)
             self.absorbed.add(user)
         output = Value(left.channels, left.image, left.scale)
         self._step("add", what="sum", input=left, skip=right, output=output, activation=activation)
@@ -218,7 +187,7 @@ class Lowering:
                 "lam_channels": padded(layer.branch.lam_channels),
                 "latent": layer.branch.latent,
             }
-        kind = self._kind(layer, source)
+        kind = self._kind(chain, source)
         fields |= {"in_channels": layer.in_channels, "activation": chain.activation}
         if kind != "linear":
             fields |= layer.geometry.fields()
@@ -253,11 +222,13 @@ class Lowering:
         parts += [names[chain.activation]] if chain.activation else []
         return ", ".join(parts)
 
-    def _kind(self, layer: Convolution, source: fx.Node) -> str:
+    def _kind(self, chain: _Chain, source: fx.Node) -> str:
+        layer = chain.layer
         taps = layer.in_channels * layer.geometry.kernel[0] * layer.geometry.kernel[1]
         if (
             layer.kind == "dense"
             and layer.branch is None
+            and chain.skip is None
             and source not in self.values
             and layer.in_channels < BLOCK
             and taps <= LAYOUT["max_stem_taps"]
@@ -311,8 +282,8 @@ class Lowering:
                 norms.append(module)
             elif layer.kind == "dense" and skip is None and self._is_sum(user, last, node):
                 skip = user.args[1] if user.args[0] is last else user.args[0]
-            elif classify_activation(self.captured, user) is not None:
-                activation = classify_activation(self.captured, user)
+            elif activation_code(self.captured, user) is not None:
+                activation = activation_code(self.captured, user)
             else:
                 break
             self.absorbed.add(user)
@@ -327,7 +298,8 @@ class Lowering:
         other = user.args[1] if user.args[0] is operand else user.args[0]
         known = other in self.values or other not in self.inside
         earlier = self.order[other] < self.order[first]
-        return other is not operand and known and earlier and self.shapes[other] == self.shapes[operand]
+        alike = self.shapes[other] == self.shapes[operand] and other not in self.flat
+        return other is not operand and known and earlier and alike
 
     def _stream(self) -> None:
         """A dense layer that only a depthwise one reads is computed row by row, within that."""
@@ -363,134 +335,3 @@ def _in_order(numbers: Layer, kind: str, layer: Convolution) -> Layer:
         taps = layer.geometry.kernel[0] * layer.geometry.kernel[1]
         numbers.weight = numbers.weight.unflatten(1, (taps, layer.in_channels)).transpose(1, 2).flatten(1)
     return numbers
-
-
-def is_sum(node: fx.Node) -> bool:
-    if node.op == "call_function":
-        right = node.target in _ADDITIONS and not node.kwargs
-    else:
-        right = node.op == "call_method" and node.target in ("add", "add_") and not node.kwargs
-    return right and len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
-
-
-def classify_activation(captured: Captured, node: fx.Node) -> int | None:
-    """The code of the activation that ``node`` is."""
-    if node.op == "call_module":
-        module = captured.module(node)
-        return None if layers.is_altered(module) else layers.activation_of(module)
-    if node.op == "call_function" and node.target in _ACTIVATIONS and set(node.kwargs) <= {"inplace"}:
-        return ACTIVATIONS[_ACTIVATIONS[node.target]]
-    if node.op == "call_method" and node.target in ("relu", "relu_"):
-        return ACTIVATIONS["relu"]
-    return None
-
-
-def max_pool_geometry(module: nn.MaxPool2d) -> layers.Geometry:
-    def pair(value):
-        return (value, value) if isinstance(value, int) else tuple(value)
-
-    if module.ceil_mode or module.return_indices or pair(module.dilation) != (1, 1):
-        raise Unsupported("max pooling with ceil_mode, indices or dilation")
-    return layers.Geometry(pair(module.kernel_size), pair(module.stride), pair(module.padding))
-
-
-def layer_of(captured: Captured, node: fx.Node) -> Convolution:
-    module = captured.module(node)
-    return layers.convolution_of(module, captured.recipe(module))
-
-
-def _is_mean(node: fx.Node, shape: torch.Size, input: torch.Size) -> bool:
-    """Whether ``node`` is the mean over all pixels, with or without two dimensions of one."""
-    return len(input) == 4 and shape[:2] == input[:2] and shape.numel() == input[0] * input[1]
-
-
-def classify(captured: Captured, node: fx.Node, facts: Facts) -> str:
-    """Which kind of step computes ``node``.
-
-    Raises:
-        Unsupported: none does.
-    """
-    shapes = facts.shapes
-    inputs = [operand for operand in node.all_input_nodes if operand in shapes]
-    if (
-        node not in shapes
-        or len(shapes[node]) not in (2, 4)
-        or not inputs
-        or len(inputs) != len(node.all_input_nodes)
-    ):
-        raise Unsupported("no image and no vector of each sample")
-    source = shapes[inputs[0]]
-    if len(source) not in (2, 4):
-        raise Unsupported(f"it reads a tensor of {len(source)} dimensions")
-    if _changes_what_others_read(captured, node):
-        raise Unsupported("it changes its input in place, which others read too")
-    if node.op == "call_module":
-        module = captured.module(node)
-        if module in captured.opaque:
-            raise Unsupported(captured.opaque[module])
-        if layers.is_identity(module) and not layers.is_altered(module):
-            return "same"
-        if type(module) is nn.Flatten and inputs[0] in facts.flat and source[:2] == shapes[node]:
-            return "same"
-        if type(module) is nn.AdaptiveAvgPool2d and _is_mean(node, shapes[node], source):
-            return "mean"
-        if type(module) is nn.MaxPool2d and not layers.is_altered(module):
-            max_pool_geometry(module)
-            return "max_pool"
-        if layers.activation_of(module) is not None or layers.is_norm(module):
-            if _follows_layer(captured, node, facts):
-                return "follower"
-            raise Unsupported(f"{type(module).__name__} behind no layer that could take it in")
-        layer = layer_of(captured, node)
-        if (layer.kind == "linear") != (len(source) == 2):
-            raise Unsupported(f"a linear layer on an image of shape {tuple(source)}")
-        return "layer"
-    if is_sum(node) and shapes[node] == source == shapes[inputs[-1]]:
-        return "add"
-    arguments = (*node.args[1:], *node.kwargs.values())
-    if (node.op == "call_method" and node.target == "mean") or node.target is torch.mean:
-        dims = arguments[0] if arguments else None
-        if (
-            dims is not None
-            and sorted(d % 4 for d in dims) == [2, 3]
-            and _is_mean(node, shapes[node], source)
-        ):
-            return "mean"
-    if node.target is F.adaptive_avg_pool2d and _is_mean(node, shapes[node], source):
-        return "mean"
-    if node.target in (torch.flatten, "flatten") and inputs[0] in facts.flat and source[:2] == shapes[node]:
-        return "same"
-    if node.target in _DROPOUTS and node.kwargs.get("training", True) is False:
-        return "same"
-    if classify_activation(captured, node) is not None and _follows_layer(captured, node, facts):
-        return "follower"
-    raise Unsupported("no kernel here computes it")
-
-
-def _follows_layer(captured: Captured, node: fx.Node, facts: Facts) -> bool:
-    """Whether a layer, or a sum, takes ``node`` in: nobody else reads what is between them."""
-    norm = node.op == "call_module" and layers.is_norm(captured.module(node))
-    before = node.args[0]
-    while len(before.users) == 1:
-        kind = facts.kinds.get(before)
-        if kind == "layer":
-            return not (layer_of(captured, before).activation and norm)
-        if kind == "add":
-            return not norm
-        if kind == "follower":
-            if classify_activation(captured, before) is not None:
-                return False
-        elif kind != "same":
-            return False
-        before = before.args[0]
-    return False
-
-
-def _changes_what_others_read(captured: Captured, node: fx.Node) -> bool:
-    in_place = node.target is operator.iadd or (
-        node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
-    )
-    if node.op == "call_module":
-        in_place = bool(getattr(captured.module(node), "inplace", False))
-    in_place = in_place or node.kwargs.get("inplace") is True
-    return in_place and len(node.all_input_nodes[0].users) > 1

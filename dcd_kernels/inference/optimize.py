@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from .. import extension
 from ..backends import selection
 from ..explain import Explanation, explain
 from ..interop import report
+from ..interop.layers import are_watched
 
 if extension.LOADED:
     from ..ops.autograd import is_traced
@@ -70,7 +73,8 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
         )
     if isinstance(model, OptimizedNetwork):
         return copy.deepcopy(model)
-    return OptimizedNetwork(copy.deepcopy(model))
+    with torch.inference_mode(False):  # in which tensors count no versions
+        return OptimizedNetwork(copy.deepcopy(model))
 
 
 class OptimizedNetwork(nn.Module):
@@ -101,6 +105,7 @@ class OptimizedNetwork(nn.Module):
         # the same parameters, buffers and children, in the same dictionaries, so that all keys are the same
         for place in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[place] = self.written.__dict__[place]
+        self._modal = tuple(module for module in self.written.modules() if _has_modes(module))
 
     def _make_early(self) -> None:
         """So that a report can be made, and the first call is as fast as the others."""
@@ -112,22 +117,24 @@ class OptimizedNetwork(nn.Module):
             try:
                 with torch.no_grad():
                     self.written(example)
-            except (RuntimeError, ValueError, TypeError):  # it is for images of another size, or for none
+            except Exception:  # whatever it raises: it is for images of another size, or for none
                 continue
             self._plan = Plan(self.written, self._watch, example)
             return
 
     def forward(self, *args, **kwargs):
-        if self.training:
+        if self.training or any(map(_is_training, self._modal)):
             raise RuntimeError(
-                "OptimizedNetwork is for inference and was put into training mode: call eval(), or train the "
-                "model that it was made from"
+                "OptimizedNetwork is for inference and was put into training mode, or a module in it was: "
+                "call eval(), or train the model that it was made from"
             )
         if len(args) != 1 or kwargs or not _is_served(args[0]):
             return self.written(*args, **kwargs)
         plan = self._plan
         if plan is None or not plan.is_current():
             plan = self._renew(args[0])
+        if args[0].dim() != plan.rank:  # a layer of an image takes no vector, and the other way round
+            return self.written(*args)
         return plan(args[0])
 
     def explain(self, *args, **kwargs) -> Explanation:
@@ -142,14 +149,14 @@ class OptimizedNetwork(nn.Module):
             plan = self._plan
             if plan is None or not plan.is_current():
                 keeps = plan is not None and plan.keeps_structure()
-                self._plan = plan = (
-                    plan.renewed() if keeps else Plan(self.written, self._watch, input.detach()[:2])
-                )
+                # of two samples, so that no dimension of one is taken for the batch
+                example = input.new_zeros((2, *input.shape[1:]))
+                self._plan = plan = plan.renewed() if keeps else Plan(self.written, self._watch, example)
             return plan
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        del state["_plan"], state["_lock"], state["_watch"]
+        del state["_plan"], state["_lock"], state["_watch"], state["_modal"]
         return state
 
     def __setstate__(self, state: dict) -> None:
@@ -160,16 +167,42 @@ class OptimizedNetwork(nn.Module):
         return f"OptimizedNetwork[{type(self.written).__name__}]"
 
 
+# the commonest modules that compute the same in training mode
+_MODELESS = {
+    nn.Sequential,
+    nn.Conv2d,
+    nn.Linear,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Flatten,
+    nn.Identity,
+}
+
+
+_is_training = operator.attrgetter("training")
+
+
+def _has_modes(module: nn.Module) -> bool:
+    return type(module) not in _MODELESS
+
+
 def _is_served(input: object) -> bool:
     return (
         extension.LOADED
-        and isinstance(input, Tensor)
+        and type(input) in (Tensor, nn.Parameter)
         and input.dtype is torch.float32
         and input.is_cpu
         and input.dim() in (2, 4)
         and input.layout is torch.strided
         and not (input.requires_grad and torch.is_grad_enabled())
         and not is_traced()
+        and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()  # a mode counts, or changes, what torch runs
+        and not are_watched()
         and not torch.is_autocast_enabled("cpu")
         and selection.current() in _BACKENDS
         and not selection.is_observed()

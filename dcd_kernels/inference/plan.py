@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from dcd_kernels.interop.trace import Shapes
 
 from .capture import Captured, _Root
-from .lower import Facts, Lowering, Piece
+from .classify import Facts
+from .lower import Alone, Lowering, Piece
 from .program import Constant, encode
 from .watch import Watch
 
@@ -70,17 +71,25 @@ class Plan:
         self.described = _described(watch)
         self.captured = Captured(network)
         self.root = _Root(network)
+        self.rank = example.dim()
         shapes = Shapes(self.root, self.captured.graph)
         with torch.no_grad():
             shapes.run(example)
         self.facts = Facts(shapes.shapes)
         self.facts.learn(self.captured)
-        self.parts: list[Part | fx.Node] = list(self._parts())
+        self.parts = self._divided()
         nodes = list(self.captured.graph.nodes)
         self.input = next(node for node in nodes if node.op == "placeholder")
         self.output = next(node for node in nodes if node.op == "output")
         only = self.parts[0] if len(self.parts) == 1 else None
         self.whole = only if isinstance(only, Part) and self.output.args[0] in only.piece.outputs else None
+
+    def _divided(self) -> list[Part | fx.Node]:
+        while True:
+            try:
+                return list(self._parts())
+            except Alone as alone:
+                self.facts.give_up(alone.node, "it is called apart from the layer that could take it in")
 
     def _parts(self) -> Iterator[Part | fx.Node]:
         run: list[fx.Node] = []
@@ -132,6 +141,10 @@ class Plan:
     def __call__(self, input: Tensor) -> object:
         if self.whole is not None:
             return self.whole([input])[0]
+        with torch.no_grad():
+            return self._interpreted(input)
+
+    def _interpreted(self, input: Tensor) -> object:
         interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.captured.graph)
         values = interpreter.env
         values[self.input] = input

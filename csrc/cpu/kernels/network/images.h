@@ -67,10 +67,11 @@ static void max_pool(const Frame<typename S::Scalar>& frame, const NetworkStep& 
                 for (int64_t i = y0; i < y1; ++i)
                     for (int64_t j = x0; j < x1; ++j) {
                         const T* at = from.data + c * from.plane + i * from.row + j * kBlock;
-                        // a NaN, once there, is the bound of every further comparison, and of the sum too
                         for (int v = 0; v < kBlock / W; ++v) {
-                            const auto value = S::load(at + v * W);
-                            most[v] = S::max(S::max(value, most[v]), value);
+                            const auto value = S::load(at + v * W), zero = S::zero();
+                            // max keeps a NaN that it has seen, but takes no new one for larger: what is
+                            // added is a zero, or the NaN
+                            most[v] = S::add(S::max(value, most[v]), S::max(zero, S::min(zero, value)));
                         }
                     }
                 for (int v = 0; v < kBlock / W; ++v)
