@@ -2,7 +2,7 @@
 #
 #   make demo         photographs through a dynamic network, and digits learnt from scratch (pictures in demo-output/)
 #   make test         the test suite                        make test-full   all of it, then under sanitizers
-#   make bench        the benchmarks, in five minutes       make bench-full  all of them, in two hours; rows are saved
+#   make bench        the benchmarks, in five minutes       make bench-full  all of them, for hours; rows are saved
 #   make lint         style of Python and C++               make format      put the style right
 #   make clean        remove what the targets made
 #

@@ -55,6 +55,11 @@ def run_case(
     batches = [
         make_images(case.batch, case.size, "nchw", seed=plan.seed + index) for index in range(different)
     ]
+    # one copy a layout, which its candidates share: of thousands of images it takes gigabytes
+    by_layout = {
+        layout: [in_memory(images, layout) for images in batches]
+        for layout in dict.fromkeys(candidate.layout for candidate in chosen)
+    }
     checker = Checker(written, batches[0])
     entries, calls = [], {}
     with tempfile.TemporaryDirectory(prefix="networks-") as folder:
@@ -63,7 +68,7 @@ def run_case(
             if refusals and candidate.runtime in refusals:
                 entries.append(Entry(candidate, REFUSED, refusals[candidate.runtime]))
                 continue
-            entry, call = check_candidate(candidate, builder, checker, batches)
+            entry, call = check_candidate(candidate, builder, checker, by_layout[candidate.layout])
             entries.append(entry)
             if call:
                 calls[candidate.name] = call
@@ -78,17 +83,16 @@ def run_case(
 def check_candidate(
     candidate: Candidate, builder: Builder, checker: Checker, batches: Sequence[Tensor]
 ) -> tuple[Entry, Callable[[], Tensor] | None]:
-    """The candidate's entry and, if its numbers are right, the call to be measured."""
+    """The entry and, if the numbers are right, the call to be measured, over ``batches`` in its layout."""
     # a foreign runtime may raise what it likes, ours may not
     unable = UNABLE if candidate.runtime in THIS_PACKAGE else Exception
-    own = [in_memory(images, candidate.layout) for images in batches]
     try:
         run = builder.build(candidate)
-        verdict = checker.check(candidate, run(own[0]))
+        verdict = checker.check(candidate, run(batches[0]))
     except unable as error:
         return Entry(candidate, REFUSED, reason_of(error)), None
     if not verdict.right:
         error = verdict.error if math.isfinite(verdict.error) else None
         return Entry(candidate, WRONG, verdict.reason, error), None
-    turn = itertools.cycle(own)
+    turn = itertools.cycle(batches)
     return Entry(candidate, RIGHT, error=verdict.error), lambda: run(next(turn))
