@@ -96,7 +96,7 @@ def rows(result: CaseResult, run: dict, consumer: bool = False) -> list[dict]:
             size=case.size,
             batch=case.batch,
             latent_channels=case.latent_channels,
-            dtype="float32",
+            dtype=case.dtype,
             candidate=entry.candidate.name,
             group=entry.candidate.group,
             layout=entry.candidate.layout,
@@ -151,7 +151,10 @@ class Bar(Limit):
     task: str
     numerator: str
     denominator: str
-    isas: tuple[str, ...]
+    isas: tuple[
+        str, ...
+    ]  # of float32; of bfloat16 the ways to multiply it, as in dcd_kernels._core.products()
+    dtype: str = "float32"
 
     @property
     def label(self) -> str:
@@ -167,6 +170,8 @@ BARS = (
     Bar("must", 1.7, False, FORWARD, FACTORED, OURS, _WIDE),
     Bar("aim", 1.5, False, TRAINING, FACTORED, OURS, _WIDE),
     Bar("aim", 1.2, True, FORWARD, OURS, STATIC, ("avx2",)),
+    Bar("aim", 1.0, True, FORWARD, OURS, STATIC, ("amx",), "bfloat16"),
+    Bar("aim", 1.0, False, FORWARD, FACTORED, OURS, ("amx",), "bfloat16"),
 )
 
 
@@ -180,10 +185,12 @@ def print_bars(console: Console, results: Sequence[CaseResult], isa: str, comple
     """A line per figure of the task: 'must ≤ 1.10: got …'. Return whether every must is met."""
     all_met = True
     tasks = {result.task for result in results}
-    barred = {bar.label for bar in BARS if isa in bar.isas}
-    for bar in BARS:
-        # without a bar at this instruction set a figure is still printed, unless another bar prints it
-        if bar.task not in tasks or (isa not in bar.isas and (bar.label in barred or bar.kind == "aim")):
+    dtypes = {result.case.dtype for result in results}
+    bars = [bar for bar in BARS if bar.dtype in dtypes and bar.task in tasks]
+    barred = {bar.label for bar in bars if isa in bar.isas or bar.kind == "must"}
+    for bar in bars:
+        # without a bar at this instruction set a figure is still printed, once
+        if isa not in bar.isas and bar.kind == "aim" and (bar.label in barred or bar.task != FORWARD):
             continue
         values = ratios(results, bar.task, bar.numerator, bar.denominator)
         applies = isa in bar.isas
