@@ -45,6 +45,7 @@ class Case:
     out_channels: int
     size: int
     batch: int
+    dtype: str = "float32"
 
     @property
     def latent_channels(self) -> int:
@@ -56,7 +57,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.shape_name} batch {self.batch}"
+        return f"{self.shape_name} batch {self.batch}{'' if self.dtype == 'float32' else f' {self.dtype}'}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def static_flops(self) -> int:
@@ -66,7 +71,7 @@ class Case:
 
 @dataclass
 class Operands:
-    """Tensors of a case, float32 and contiguous unless the name says otherwise.
+    """Tensors of a case, in its dtype and contiguous unless the name says otherwise.
 
     input (N, Ci, H, W), weight (Co, Ci, 1, 1), p (Co, L), phi (N, L, L), q (Ci, L), lam (N, Co),
     grad (N, Co, H, W): the gradient that training candidates send back; norm_scale and norm_shift (Co): those
@@ -104,7 +109,7 @@ def make_operands(case: Case, seed: int = 0) -> Operands:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        values = torch.randn(*shape, generator=generator) * scale
+        values = (torch.randn(*shape, generator=generator) * scale).to(case.torch_dtype)
         # a subnormal operand would slow some candidates a hundredfold and measure nothing
         return values.masked_fill_(values.abs() < torch.finfo(values.dtype).tiny, 0.0)
 
@@ -119,7 +124,7 @@ def make_operands(case: Case, seed: int = 0) -> Operands:
         p=normal(co, latent, scale=latent**-0.5),
         phi=normal(n, latent, latent, scale=latent**-0.5),
         q=normal(ci, latent, scale=ci**-0.5),
-        lam=1.0 + normal(n, co, scale=0.2),
+        lam=1 + normal(n, co, scale=0.2),
         grad=grad,
         grad_channels_last=grad.contiguous(memory_format=torch.channels_last),
         norm_scale=1.0 + normal(co, scale=0.2),
@@ -136,7 +141,9 @@ def make_images(
     return images.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else images
 
 
-def pointwise_cases(batches: tuple[int, ...] = BATCHES, pattern: str = "") -> list[Case]:
+def pointwise_cases(
+    batches: tuple[int, ...] = BATCHES, pattern: str = "", dtype: str = "float32"
+) -> list[Case]:
     """The registered cases whose shape name ('384→96@14', or with '-' or '>' for the arrow) has `pattern`."""
     text = pattern.replace("->", "→").replace(">", "→").replace("-", "→")
     shapes = [Case(*shape, batch=1) for shape in POINTWISE_SHAPES]
@@ -144,7 +151,7 @@ def pointwise_cases(batches: tuple[int, ...] = BATCHES, pattern: str = "") -> li
     if not chosen:
         raise ValueError(f"shapes={pattern!r}: none of {[case.shape_name for case in shapes]} has it")
     return [
-        Case(*shape, batch=batch)
+        Case(*shape, batch=batch, dtype=dtype)
         for batch in batches
         for shape in POINTWISE_SHAPES
         if Case(*shape, batch=1).shape_name in chosen

@@ -37,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--consumer", action="store_true", help="time each call together with a sum over its output"
     )
+    made.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of every tensor (default float32)",
+    )
     made.add_argument("--brief", action="store_true", help="no table per case, only the summary")
     # the fused kernels by name, so that ours cannot run on the reference unnoticed
     session.add_options(made, str(FULL_SECONDS), backend="cpu", backend_help="backend that ours must use")
@@ -64,7 +70,7 @@ def _run(options: argparse.Namespace, cores: list[int], given: list[str]) -> int
 
     console = session.make_console()
     try:
-        cases = pointwise_cases(tuple(options.batch), options.shapes)
+        cases = pointwise_cases(tuple(options.batch), options.shapes, options.dtype)
     except ValueError as error:
         console.print(f"[red]{error}[/]")
         return 2
@@ -83,6 +89,12 @@ def _run(options: argparse.Namespace, cores: list[int], given: list[str]) -> int
     used_isa, refusal = "none", None
     if options.backend != "reference":
         used_isa, refusal = environment.use_isa(options.isa)
+    products = options.isa
+    if options.dtype == "bfloat16" and refusal is None and options.backend != "reference":
+        import torch
+
+        products = torch.ops.dcd_kernels.cpu_products()
+        used_isa += f", bf16 by {products}"
     if options.backend == "auto":
         refusal = None  # then the reference is what the user would get, and what is measured
     refusals = {OURS: refusal} if refusal else {}
@@ -108,7 +120,7 @@ def _run(options: argparse.Namespace, cores: list[int], given: list[str]) -> int
     for task in tasks:
         report.print_summary(console, results, task)
     complete = len(cases) == len(POINTWISE_SHAPES) * 2 and sorted(set(options.batch)) == [1, 8]
-    met = report.print_bars(console, results, options.isa, complete)
+    met = report.print_bars(console, results, products, complete)
     wrong = wrong_entries(results)
     for case, entry in wrong:
         console.print(

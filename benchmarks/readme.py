@@ -27,22 +27,49 @@ NETWORK_START = "<!-- network numbers: rows written by benchmarks/networks/ -->"
 NETWORK_END = "<!-- end of the network numbers -->"
 CHART = RESULTS / "networks.png"
 
-# What is compared: title, task, instruction set asked for, numerator, denominator.
+# What is compared: title, task, instruction set asked for, numerator, denominator, dtype.
 LINES = (
-    ("fused ÷ best static convolution", FORWARD, "native", OURS, STATIC),
-    ("W_n written out, grouped convolution ÷ fused", FORWARD, "native", GROUPED, OURS),
-    ("W_n written out, `bmm` ÷ fused", FORWARD, "native", BMM, OURS),
-    ("factored in eager PyTorch ÷ fused", FORWARD, "native", FACTORED, OURS),
-    ("with BatchNorm and ReLU6: fused ÷ eager conv → BN → ReLU6", NORMALISED, "native", OURS, STATIC),
-    ("forward + backward: fused ÷ best static convolution", TRAINING, "native", OURS, STATIC),
-    ("forward + backward: factored in eager PyTorch ÷ fused", TRAINING, "native", FACTORED, OURS),
-    ("AVX2 only: fused ÷ best static convolution", FORWARD, "avx2", OURS, STATIC),
+    ("fused ÷ best static convolution", FORWARD, "native", OURS, STATIC, "float32"),
+    ("W_n written out, grouped convolution ÷ fused", FORWARD, "native", GROUPED, OURS, "float32"),
+    ("W_n written out, `bmm` ÷ fused", FORWARD, "native", BMM, OURS, "float32"),
+    ("factored in eager PyTorch ÷ fused", FORWARD, "native", FACTORED, OURS, "float32"),
+    (
+        "with BatchNorm and ReLU6: fused ÷ eager conv → BN → ReLU6",
+        NORMALISED,
+        "native",
+        OURS,
+        STATIC,
+        "float32",
+    ),
+    (
+        "forward + backward: fused ÷ best static convolution",
+        TRAINING,
+        "native",
+        OURS,
+        STATIC,
+        "float32",
+    ),
+    (
+        "forward + backward: factored in eager PyTorch ÷ fused",
+        TRAINING,
+        "native",
+        FACTORED,
+        OURS,
+        "float32",
+    ),
+    ("AVX2 only: fused ÷ best static convolution", FORWARD, "avx2", OURS, STATIC, "float32"),
+    ("bfloat16: fused ÷ best static convolution", FORWARD, "native", OURS, STATIC, "bfloat16"),
+    ("bfloat16: factored in eager PyTorch ÷ fused", FORWARD, "native", FACTORED, OURS, "bfloat16"),
 )
 
 
-def latest(rows: Sequence[dict], task: str, isa: str) -> list[dict]:
-    """The timed rows of the newest run of a task at an instruction set."""
-    found = [row for row in rows if row["task"] == task and row["isa"] == isa and row["p50_us"]]
+def latest(rows: Sequence[dict], task: str, isa: str, dtype: str = "float32") -> list[dict]:
+    """The timed rows of the newest run of a task at an instruction set and in a dtype."""
+    found = [
+        row
+        for row in rows
+        if row["task"] == task and row["isa"] == isa and row["dtype"] == dtype and row["p50_us"]
+    ]
     newest = max((row["date"] for row in found), default=None)
     return [row for row in found if row["date"] == newest]
 
@@ -68,8 +95,8 @@ def table(rows: Sequence[dict]) -> str:
     """The README's table, as Markdown."""
     lines = ["| ratio of times | geometric mean | best | worst |", "| --- | --- | --- | --- |"]
     runs = {}
-    for title, task, isa, numerator, denominator in LINES:
-        measured = latest(rows, task, isa)
+    for title, task, isa, numerator, denominator, dtype in LINES:
+        measured = latest(rows, task, isa, dtype)
         values = ratios(measured, numerator, denominator)
         if not values:
             continue

@@ -48,17 +48,18 @@ def composition(operands: Operands, dtype: torch.dtype, dynamic: bool, task: str
 
 
 class Truth:
-    """The float64 truth of one case and task, and how far the fp32 composition is from it."""
+    """The float64 truth of one case and task, and how far the composition in the case's dtype is from it."""
 
     def __init__(self, operands: Operands, dynamic: bool, task: str):
         self.exact = composition(operands, torch.float64, dynamic, task)
         self.limit = {}
         pixels = operands.case.batch * operands.case.size**2
-        for name, single in composition(operands, torch.float32, dynamic, task).items():
+        dtype = operands.case.torch_dtype
+        for name, plain in composition(operands, dtype, dynamic, task).items():
             size = self.exact[name].norm().item()
-            error = distance(single, self.exact[name])
+            error = distance(plain, self.exact[name])
             share = 4.0 if name in ("output", "input") else max(4.0, pixels**0.5)
-            self.limit[name] = 2.0 * error + share * torch.finfo(torch.float32).eps * size
+            self.limit[name] = 2.0 * error + share * torch.finfo(dtype).eps * size
 
     def check(self, result: Result) -> Verdict:
         """Compare a candidate's result with the truth."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import pathlib
@@ -16,7 +17,7 @@ from rich.console import Console
 # appended, so that an installed dcd_kernels keeps its place before the source tree
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks import cases, environment, report, suite
+from benchmarks import cases, environment, readme, report, suite
 from benchmarks.candidates import (
     BMM,
     FACTORED,
@@ -90,6 +91,41 @@ def test_peers_are_right(task, batch):
     found = suite.run_case(cases.Case("test", 8, 6, 5, batch), task, PLAN, PEERS)
     assert {entry.status for entry in found.entries} == {suite.RIGHT}, found.entries
     assert all(len(entry.timing.samples) == 2 for entry in found.entries)
+
+
+def test_peers_are_right_in_bfloat16():
+    case = cases.Case("test", 8, 6, 5, 2, "bfloat16")
+    assert case.name == "8→6@5 batch 2 bfloat16"
+    assert {
+        tensor.dtype
+        for tensor in cases.make_operands(case).leaves("nchw", ("input", "weight", "lam")).values()
+    } == {torch.bfloat16}
+    found = suite.run_case(case, FORWARD, PLAN, PEERS)
+    # oneDNN refuses to pack bf16 weights on a CPU without the instructions
+    assert {entry.status for entry in found.entries} <= {suite.RIGHT, suite.REFUSED}, found.entries
+    assert {row["dtype"] for row in report.rows(found, RUN)} == {"bfloat16"}
+    truth = Truth(cases.make_operands(case), True, FORWARD)
+    assert truth.check(truth.exact["output"].bfloat16()).right
+    assert not truth.check((1.1 * truth.exact["output"]).bfloat16()).right
+
+
+def test_bars_of_bfloat16_are_about_amx():
+    entries = _synthetic(ours=1.1, static=1.0)
+    half = dataclasses.replace(entries, case=dataclasses.replace(SMALL, dtype="bfloat16"))
+    met, text = _bars([half], isa="avx512_bf16")
+    assert met
+    assert "no bar at this instruction set: got 1.100" in text and "aim" not in text
+    _, text = _bars([half], isa="amx")
+    assert "aim ≤ 1.00: got 1.100 missed" in text
+
+
+def test_readme_keeps_the_dtypes_apart():
+    rows = [
+        {"task": FORWARD, "isa": "native", "dtype": dtype, "p50_us": "1", "date": date}
+        for dtype, date in (("float32", "1"), ("bfloat16", "2"))
+    ]
+    assert readme.latest(rows, FORWARD, "native") == rows[:1]
+    assert readme.latest(rows, FORWARD, "native", "bfloat16") == rows[1:]
 
 
 @pytest.mark.parametrize("what", SPOILED)

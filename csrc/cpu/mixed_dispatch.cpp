@@ -6,9 +6,8 @@
 #include "kernels.h"
 #include "mixed.h"
 
-#if defined(DCD_X86)
+#if defined(DCD_BF16)
 #    include <cpuid.h>
-#    include <immintrin.h>
 #    if defined(__linux__)
 #        include <sys/syscall.h>
 #        include <unistd.h>
@@ -18,13 +17,16 @@
 namespace dcd {
 namespace {
 
-#if defined(DCD_X86)
+#if defined(DCD_BF16)
+// Feature bits of cpuid: leaf 7 EDX, leaf 7.1 EAX, leaf 1 ECX.
+constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5, kOsSavesState = 1u << 27;
+
 // Tile registers are 8 kB of state that Linux saves only for a process that has asked for it.
 const char* amx_obstacle() {
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bit_AMX_TILE)) return "this CPU has no amx-tile";
-    if (!(d & bit_AMX_BF16)) return "this CPU has no amx-bf16";
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return "the system does not save AVX state";
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxTile)) return "this CPU has no amx-tile";
+    if (!(d & kAmxBf16)) return "this CPU has no amx-bf16";
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsSavesState)) return "the system does not save AVX state";
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     constexpr unsigned kTileConfig = 1u << 17, kTileData = 1u << 18;
@@ -42,8 +44,7 @@ const char* amx_obstacle() {
 
 bool dot_products_usable() {
     unsigned a, b, c, d;
-    return supports_instruction_set("avx512") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
-           (a & bit_AVX512BF16);
+    return supports_instruction_set("avx512") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
 }
 
 // Measured: on Zen 5 vdpbf16ps multiplies twice as fast as fp32 FMA, on a Xeon with AMX half as fast.
@@ -65,7 +66,7 @@ bool supported(Products products) {
     switch (products) {
         case Products::kWidened:
             return true;
-#if defined(DCD_X86)
+#if defined(DCD_BF16)
         case Products::kAmx: {
             static const bool able = dot_products_usable() && !*amx_obstacle();
             return able;
@@ -83,7 +84,7 @@ bool supported(Products products) {
 
 }  // namespace
 
-#if defined(DCD_X86)
+#if defined(DCD_BF16)
 namespace amx {
 extern const MixedKernels mixed;
 }
@@ -101,7 +102,7 @@ const char* name_of(Products products) {
 }
 
 const char* obstacle(Products products) {
-#if defined(DCD_X86)
+#if defined(DCD_BF16)
     const char* const lower = "the instruction set in use is not avx512";
     switch (products) {
         case Products::kAmx: {
@@ -120,7 +121,7 @@ const char* obstacle(Products products) {
             return "";
     }
 #else
-    return products == Products::kWidened ? "" : "not an x86 CPU";
+    return products == Products::kWidened ? "" : "not built: no x86 CPU, or a compiler without -mamx-bf16";
 #endif
 }
 
@@ -147,7 +148,7 @@ bool set_products(const char* name) {
 
 const MixedKernels& mixed_kernels() {
     switch (products()) {
-#if defined(DCD_X86)
+#if defined(DCD_BF16)
         case Products::kAmx:
             return amx::mixed;
         case Products::kAvx512Bf16:

@@ -158,19 +158,65 @@ struct DotProducts {
         const int64_t depth = DotProducts::row(k);
         return {rows, row, lanes + first * depth, 16 * depth, depth / 2};
     }
+    // `memory`: as much as a row of each product.
     static void multiply_and_finish(const PairProduct& product, const PairProduct& second, const Finish<T>& f,
-                                    int64_t rows, int64_t lanes) {
+                                    int64_t rows, int64_t lanes, uint16_t* memory) {
+        // A last pixel alone (49 are 3 vectors and 1) is done with lanes along the summed axis.
+        const bool thin = !f.along_lanes && lanes > 16 && lanes % 16 == 1;
+        const int64_t whole = thin ? lanes - 1 : lanes;
+        uint16_t* const lone = memory;
+        uint16_t* const lone_second = memory + 2 * product.pairs;
+        if (thin) take_lane(product, whole, lone), take_lane(second, whole, lone_second);
         // Panels of lanes come from L2 for every band of rows, at no loss, and rows are written as a whole.
         const int64_t bands = (rows + kBand - 1) / kBand;
-        for (int64_t i = 0; i < bands; ++i)
-            for_columns(lanes, [&](int64_t v0, int64_t vectors, int64_t count) {
-                const int64_t r0 = i * rows / bands, r1 = (i + 1) * rows / bands;
+        for (int64_t i = 0; i < bands; ++i) {
+            const int64_t r0 = i * rows / bands, r1 = (i + 1) * rows / bands;
+            for_columns(whole, [&](int64_t v0, int64_t vectors, int64_t count) {
                 finishing_tile_of(r1 - r0, vectors)(at(product, r0, v0), at(second, r0, v0),
                                                     at(f, r0, 16 * v0), count);
             });
+            if (!thin) continue;
+            float sums[kBand], added[kBand];
+            sum_rows(at(product, r0, 0), lone, r1 - r0, sums);
+            if (second.pairs) sum_rows(at(second, r0, 0), lone_second, r1 - r0, added);
+            Finish<T> last = at(f, r0, whole);
+            last.sums = sums, last.second = second.pairs ? added : nullptr, last.row = 1;
+            finish_rows<S, T, false>(last, r1 - r0, 1);
+        }
     }
 
   private:
+    // One lane of a product as a row.
+    static void take_lane(const PairProduct& product, int64_t lane, uint16_t* to) {
+        const uint16_t* from = product.lanes + lane / 16 * product.vector + lane % 16 * 2;
+        for (int64_t k = 0; k < product.pairs; ++k) std::memcpy(to + 2 * k, from + 32 * k, 2 * sizeof(*to));
+    }
+    // sums[r] = row r times x, r < rows
+    static void sum_rows(const PairProduct& product, const uint16_t* x, int64_t rows, float* sums) {
+        if (rows == kBand)
+            sum_rows_of<kBand>(product, x, sums);
+        else
+            for (int64_t r = 0; r < rows; ++r) sum_rows_of<1>(at(product, r, 0), x, sums + r);
+    }
+    template <int ROWS>
+    static void sum_rows_of(const PairProduct& product, const uint16_t* x, float* sums) {
+        __m512 sum[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < product.pairs; k += 16) {
+            const __mmask16 pairs = Pairs<S>::first(product.pairs - k);
+            const __m512bh v = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi32(pairs, x + 2 * k));
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r)
+                sum[r] = _mm512_dpbf16_ps(sum[r],
+                                          reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi32(
+                                              pairs, product.rows + r * product.row + 2 * k)),
+                                          v);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) sums[r] = _mm512_reduce_add_ps(sum[r]);
+    }
+
     // f(first vector, vectors, lanes) for panels of at most three vectors, in equal shares
     template <class F>
     static void for_columns(int64_t lanes, const F& f) {

@@ -88,6 +88,7 @@ class MixedLayer {
         float* latent;  // [B L, pixels] or [pixels, B L]
         Operand* latent_operand;
         float *sums, *second, *turned, *turned_second;
+        Operand* lone;  // one pixel as a row of each product
         typename E::Unit unit;
     };
 
@@ -149,6 +150,7 @@ class MixedLayer {
                                                                           : pixels * E::row(all_));
         }
         task.x_rows = places.take<Operand>(rounded(pixels) * E::row(k));
+        task.lone = places.take<Operand>(E::kFinishes ? E::row(k) + E::row(all_) : 0);
         task.x_lanes = places.take<Operand>(E::lanes_size(k, pixels));
         const int64_t sums = finish_rows() * sums_row();
         const int64_t turned = transposed_ ? sums_row() * turned_row() : 0;
@@ -350,7 +352,7 @@ class MixedLayer {
                     return E::product_of(p.rows, p.row, p.lanes, p.first, p.k);
                 };
                 E::multiply_and_finish(operands(product), operands(second), target(task, w.first, x.first),
-                                       rows, lanes);
+                                       rows, lanes, task.lone);
                 return;
             }
         }

@@ -3,26 +3,29 @@
 // order of the roundings; what would fault there throws here. So the kernels run where there is no AMX.
 #pragma once
 
+#include <math.h>
+
 #include <cfloat>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
-#include <string>
 
 #include "tile_config.h"
 
 namespace dcd::DCD_ISA {
 
+// No inline function of the standard library: this file's version, for this file's processor, could be linked
+// everywhere.
 class Tiles {
   public:
     // Loading a configuration zeroes every tile.
     void configure(const TileConfig& config) {
-        need(config.palette == 1 && config.start_row == 0, "palette or start row");
-        for (const uint8_t byte : config.reserved) need(byte == 0, "reserved bytes");
+        need(config.palette == 1 && config.start_row == 0, "tiles: palette or start row");
+        for (const uint8_t byte : config.reserved) need(byte == 0, "tiles: reserved bytes");
         for (int t = 0; t < 16; ++t) {
-            need(config.rows[t] <= 16 && config.row_bytes[t] <= 64, "a tile beyond 16 rows of 64 bytes");
-            need((config.rows[t] == 0) == (config.row_bytes[t] == 0), "a tile with one size zero");
-            need(t < 8 || config.rows[t] == 0, "a ninth tile");
+            need(config.rows[t] <= 16 && config.row_bytes[t] <= 64,
+                 "tiles: a tile beyond 16 rows of 64 bytes");
+            need((config.rows[t] == 0) == (config.row_bytes[t] == 0), "tiles: a tile with one size zero");
+            need(t < 8 || config.rows[t] == 0, "tiles: a ninth tile");
         }
         config_ = config;
         std::memset(data_, 0, sizeof(data_));
@@ -58,13 +61,13 @@ class Tiles {
         const int rows = config_.rows[C], pairs = config_.row_bytes[A] / 4, lanes = config_.row_bytes[C] / 4;
         need(config_.rows[A] == rows && config_.rows[B] == pairs && config_.row_bytes[B] == 4 * lanes &&
                  config_.row_bytes[A] % 4 == 0 && config_.row_bytes[C] % 4 == 0,
-             "shapes that do not fit each other");
+             "tiles: shapes that do not fit each other");
         for (int m = 0; m < rows; ++m) {
             float sum[16], even[16] = {}, odd[16] = {};
             for (int k = 0; k < pairs; ++k)
                 for (int n = 0; n < lanes; ++n) {
-                    even[n] = flushed(std::fma(number(A, m, 2 * k), number(B, k, 2 * n), even[n]));
-                    odd[n] = flushed(std::fma(number(A, m, 2 * k + 1), number(B, k, 2 * n + 1), odd[n]));
+                    even[n] = flushed(fmaf(number(A, m, 2 * k), number(B, k, 2 * n), even[n]));
+                    odd[n] = flushed(fmaf(number(A, m, 2 * k + 1), number(B, k, 2 * n + 1), odd[n]));
                 }
             std::memcpy(sum, data_[C][m], sizeof(sum));
             for (int n = 0; n < lanes; ++n) sum[n] = flushed(flushed(sum[n]) + flushed(even[n] + odd[n]));
@@ -74,12 +77,12 @@ class Tiles {
 
   private:
     static void need(bool fits, const char* what) {
-        if (!fits) throw std::logic_error(std::string("tiles: ") + what);
+        if (!fits) throw std::logic_error(what);
     }
     void need_tile(int tile) const {
-        need(configured_ && config_.rows[tile] > 0, "a tile that is not configured");
+        need(configured_ && config_.rows[tile] > 0, "tiles: a tile that is not configured");
     }
-    static float flushed(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x; }
+    static float flushed(float x) { return fabsf(x) < FLT_MIN ? copysignf(0.0f, x) : x; }
     float number(int tile, int row, int place) const {
         uint16_t half;
         std::memcpy(&half, data_[tile][row] + 2 * place, sizeof(half));
