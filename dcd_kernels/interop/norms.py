@@ -124,7 +124,11 @@ def move(norm: nn.Module, mean: Tensor, variance: Tensor, track: _Tracking | Non
     """Moves the running statistics, as nn.BatchNorm does."""
     if track is None:
         return
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), track.momentum)
-        unbiased = variance * track.unbiased
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), track.momentum)
+    if mean.requires_grad:
+        mean, variance = mean.detach(), variance.detach()
+    running_mean, running_var = norm.running_mean, norm.running_var
+    unbiased = variance * track.unbiased
+    if mean.dtype is not running_mean.dtype:
+        mean, unbiased = mean.to(running_mean.dtype), unbiased.to(running_var.dtype)
+    running_mean.lerp_(mean, track.momentum)
+    running_var.lerp_(unbiased, track.momentum)

@@ -68,6 +68,11 @@ static void outer(bool channels_last, const typename S::Scalar* a, int64_t a_row
         block.c = c, block.c_row = c_row;
         // added behind the run's own sum, not carried through it: thousands of terms one by one lose digits
         if (accumulate || p0 > 0) block.residual = c, block.residual_row = c_row;
+        // the next run's, which the hardware does not expect
+        if (p0 + step < pixels) {
+            if (worth_fetching(pixels, a_row)) fetch_rows<S>(block.a + step * a_row, step, a_row, rows);
+            if (worth_fetching(pixels, b_row)) fetch_rows<S>(block.b + step * b_row, step, b_row, columns);
+        }
         multiply<S>(block, rows, columns);
     }
 }

@@ -323,8 +323,14 @@ class SampleProduct {
     static void multiply_pixel_rows(const Block<T>& block, int64_t pixels, int64_t channels) {
         const int64_t rows = Shape<S>::kRows;
         const int64_t step = most(rows, kPiece / 2 / most<int64_t>(block.k, 1) / rows * rows);
+        Block<T> ahead = block;
+        // the wider of the two, which is what the loop waits for
+        if (block.k >= channels)
+            ahead.fetch_a = rows_ahead<S>(pixels, block.k);
+        else
+            ahead.fetch_c = rows_ahead<S>(pixels, channels);
         for (int64_t p0 = 0; p0 < pixels; p0 += step)
-            multiply<S>(block.at(p0, 0), least(step, pixels - p0), channels);
+            multiply<S>(ahead.at(p0, 0), least(step, pixels - p0), channels);
     }
 
     const Layer<T>& layer_;

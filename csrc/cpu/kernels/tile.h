@@ -42,6 +42,9 @@ struct Block {
     // shares the work, for its rows are too far apart for the hardware to guess.
     const T* upcoming = nullptr;
     bool lone = false;
+    // How many rows ahead of a band A or C is asked for, where it comes from memory: rows of pixels, of which
+    // the hardware does not follow two or three streams at once. Its rows are contiguous then.
+    int64_t fetch_a = 0, fetch_c = 0;
 
     Block at(int64_t row, int64_t lane) const {
         Block s = *this;
@@ -221,6 +224,26 @@ static TileFn<S> tile_of(int rows, int vectors, bool tail) {
     }
 }
 
+// Asks for rows of `count` elements that will be read soon.
+template <class S>
+static inline void fetch_rows(const typename S::Scalar* from, int64_t rows, int64_t row, int64_t count) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < count; i += S::kLanes) S::prefetch(from + r * row + i);
+}
+
+// Whether a map of these sizes comes from memory rather than from L2, where asking ahead costs a tenth.
+static inline bool worth_fetching(int64_t pixels, int64_t channels, int64_t least_size = 256 * 1024) {
+    return pixels * channels >= least_size;
+}
+
+// How many rows of `channels` elements are 4 kB, at least a band of them; 0: not worth it.
+template <class S>
+static inline int64_t rows_ahead(int64_t pixels, int64_t channels, int64_t least_size = 256 * 1024) {
+    if (!worth_fetching(pixels, channels, least_size)) return 0;
+    const int64_t rows = 1024 / channels;
+    return rows > Shape<S>::kRows ? rows : Shape<S>::kRows;
+}
+
 // rows x lanes of the block, lanes in the outer loop so that one panel of B serves all rows while it is in
 // L1.
 template <class S>
@@ -238,6 +261,10 @@ static void multiply(const Block<typename S::Scalar>& block, int64_t rows, int64
         for (int64_t i = 0; i < bands; ++i) {
             const int64_t r0 = i * rows / bands, r1 = (i + 1) * rows / bands;
             Block<typename S::Scalar> tile = block.at(r0, v0 * W);
+            if (j == 0 && block.fetch_a)
+                fetch_rows<S>(block.a + (r0 + block.fetch_a) * block.a_row, r1 - r0, block.a_row, block.k);
+            if (j == 0 && block.fetch_c)
+                fetch_rows<S>(block.c + (r0 + block.fetch_c) * block.c_row, r1 - r0, block.c_row, lanes);
             // Each band fetches one vector of the next panel; the panel that is in L1 already is a prefetch
             // that costs nothing.
             const bool more = block.b && v1 + i < vectors && i < Shape<S>::kVectors;
