@@ -132,6 +132,19 @@ def ours() -> Layer:
     return lambda input, weight, p, phi, q, lam: dcd_conv2d(input, weight, p, phi, q, lam=lam)
 
 
+def ours_packed(layout: str):
+    """Our operator with weights packed beforehand, as its layers keep them in inference."""
+
+    def build(operands: Operands) -> Callable[[], torch.Tensor]:
+        from dcd_kernels import dcd_conv2d, pack_weight
+
+        packed = pack_weight(operands.weight, operands.p, operands.q)
+        x, phi, lam = operands.input_as(layout), operands.phi, operands.lam
+        return lambda: dcd_conv2d(x, packed, phi=phi, lam=lam)
+
+    return build
+
+
 # ------------------------------------------------------------------------------------------ builders
 
 
@@ -184,6 +197,7 @@ for _layout in (NCHW, CHANNELS_LAST):
     register(STATIC, FORWARD, _layout, "conv2d")(forward(static_conv, _layout, STATIC_LEAVES))
     register(STATIC, FORWARD, _layout, "prepacked")(prepacked(_layout))
     register(STATIC, TRAINING, _layout, "conv2d")(training(static_conv, _layout, STATIC_LEAVES))
+    register(OURS, FORWARD, _layout, "packed")(ours_packed(_layout))
 
 register(GROUPED, FORWARD, NCHW)(forward(naive_grouped, NCHW, DYNAMIC_LEAVES))
 # beyond one sample the grouped convolution has to copy a channels-last input into NCHW

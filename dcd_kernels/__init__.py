@@ -13,6 +13,7 @@ from .explain import explain
 from .functional import dcd_apply, dcd_conv1d, dcd_conv2d, dcd_conv3d, dcd_linear, latent_moments
 from .interop import accelerate, report, restore
 from .nn import convert
+from .packing import PackedWeight, pack_weight
 
 try:
     __version__ = metadata.version("dcd-kernels")
@@ -20,6 +21,7 @@ except metadata.PackageNotFoundError:  # a checkout on the path that was never i
     __version__ = "0+uninstalled"
 
 __all__ = [
+    "PackedWeight",
     "accelerate",
     "convert",
     "dcd_apply",
@@ -32,6 +34,7 @@ __all__ = [
     "latent_moments",
     "models",
     "nn",
+    "pack_weight",
     "reference",
     "report",
     "restore",

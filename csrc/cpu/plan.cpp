@@ -12,4 +12,40 @@ ResidualCost residual_cost(int64_t in_channels, int64_t out_channels, int64_t la
             pixels * (latent * (in_channels + out_channels) + blocks * latent * latent)};
 }
 
+PointwisePlan pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t pixels,
+                             int64_t batch, bool channels_last, int64_t threads, int64_t tile_rows,
+                             int64_t tile_pixels) {
+    // Elements: half of L1 and half of L2.
+    constexpr int64_t kNear = 5 * 1024, kFar = 96 * 1024;
+    const auto at_least_one = [](int64_t x) { return std::max<int64_t>(1, x); };
+    PointwisePlan plan{};
+    plan.synthesised = latent && residual_cost(in_channels, out_channels, latent, 1, pixels).synthesis_pays();
+
+    // Samples share nothing but W0, so they are split first; then channels where W_n is synthesised, for
+    // nothing is done twice, and pixels where it is not, for each channel needs the whole latent.
+    plan.sample_tasks = plan.channel_tasks = plan.pixel_tasks = 1;
+    if (threads > 1) {
+        if (batch % threads == 0 || batch >= 4 * threads) {
+            plan.sample_tasks = threads;
+        } else {
+            plan.sample_tasks = batch;
+            const int64_t units = plan.synthesised ? (out_channels + 15) / 16 : pixels / 16;
+            (plan.synthesised ? plan.channel_tasks : plan.pixel_tasks) =
+                at_least_one(std::min(threads, units));
+        }
+    }
+
+    plan.channels_at_a_time = std::max<int64_t>(16, kFar / in_channels / 16 * 16);
+    if (channels_last) {
+        // Many rows, for each pass over the panels costs its start; x stays in L2 in between.
+        plan.rows_at_a_time =
+            tile_rows * std::max<int64_t>(4, (plan.synthesised ? kFar / 2 : kFar) / in_channels / tile_rows);
+    } else {
+        plan.rows_at_a_time = tile_pixels * std::clamp<int64_t>(kFar / 2 / in_channels / tile_pixels, 1, 8);
+    }
+    plan.longest = 160;
+    plan.columns_at_a_time = at_least_one(kNear / std::min(in_channels, plan.longest) / tile_pixels);
+    return plan;
+}
+
 }  // namespace dcd

@@ -18,4 +18,19 @@ struct ResidualCost {
 ResidualCost residual_cost(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t blocks,
                            int64_t pixels);
 
+// How the kernels of kernels/packed.h go about one layer. Tasks are shared out to threads.
+struct PointwisePlan {
+    bool synthesised;
+    int64_t sample_tasks, channel_tasks, pixel_tasks;
+    int64_t rows_at_a_time;  // channels_last: rows of x that pass all panels; contiguous: pixels of a latent
+    int64_t channels_at_a_time;  // output channels of which W_n is formed at a time
+    int64_t columns_at_a_time;   // contiguous: tiles side by side that pass all channels
+    int64_t longest;             // contiguous: input channels after which sums rest in the output
+};
+
+// tile_rows: rows of the channels_last tile; tile_pixels: lanes of the contiguous one.
+PointwisePlan pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t pixels,
+                             int64_t batch, bool channels_last, int64_t threads, int64_t tile_rows,
+                             int64_t tile_pixels);
+
 }  // namespace dcd

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
-from . import autocast, autograd, branch, fakes, flops, latent_map, layer, moments  # noqa: F401 (flops registers formulas)
+from ..packing import PackedWeight
+from . import autocast, autograd, branch, fakes, flops, latent_map, layer, moments, packed  # noqa: F401 (flops registers formulas)
 from .calls import call
 
-__all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_pooled"]
+__all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_packed", "pointwise_pooled"]
 
 _pointwise = torch.ops.dcd_kernels.pointwise.default
 _apply = torch.ops.dcd_kernels.apply.default
@@ -50,6 +51,7 @@ moments.register(_library)
 branch.register(_library)
 latent_map.register(_library)
 layer.register(_library)
+packed.register(_library)
 autocast.register(_library, [*(form.forward for form in _FORMS), _pooled, moments.OP])
 _pointwise_function, _apply_function, _depthwise_function = (
     autograd.register(_library, form) for form in _FORMS
@@ -82,6 +84,20 @@ def pointwise(
     for what the kernels cannot compute.
     """
     return call(_pointwise, _pointwise_function, input, weight, p, phi, q, lam, bias, residual, activation)
+
+
+def pointwise_packed(
+    input: Tensor,
+    weight: PackedWeight,
+    phi: Tensor | None,
+    lam: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """`pointwise` with weight, p and q packed; a dense phi (N, L, L)."""
+    sizes = weight.out_channels, weight.latent_channels
+    return call(packed.OP, packed.Function, input, weight.data, *sizes, phi, lam, bias, residual, activation)
 
 
 def pointwise_pooled(
