@@ -13,10 +13,9 @@ ResidualCost residual_cost(int64_t in_channels, int64_t out_channels, int64_t la
 }
 
 PointwisePlan pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t pixels,
-                             int64_t batch, bool channels_last, int64_t threads, int64_t tile_rows,
-                             int64_t tile_pixels) {
-    // Elements: half of L1 and half of L2.
-    constexpr int64_t kNear = 5 * 1024, kFar = 96 * 1024;
+                             int64_t batch, bool channels_last, int64_t threads, const TileSizes& tiles) {
+    const int64_t tile_rows = tiles.panel_rows, tile_pixels = tiles.channel_lanes;
+    constexpr int64_t kFar = 96 * 1024;  // elements, half of a 1 MB L2 and less
     const auto at_least_one = [](int64_t x) { return std::max<int64_t>(1, x); };
     PointwisePlan plan{};
     plan.synthesised = latent && residual_cost(in_channels, out_channels, latent, 1, pixels).synthesis_pays();
@@ -43,8 +42,7 @@ PointwisePlan pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t 
     } else {
         plan.rows_at_a_time = tile_pixels * std::clamp<int64_t>(kFar / 2 / in_channels / tile_pixels, 1, 8);
     }
-    plan.longest = 160;
-    plan.columns_at_a_time = at_least_one(kNear / std::min(in_channels, plan.longest) / tile_pixels);
+    plan.columns_at_a_time = in_channels > 64 ? 1 : at_least_one(kFar / in_channels / tile_pixels);
     return plan;
 }
 

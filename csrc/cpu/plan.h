@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace dcd {
 
 // Multiply-adds that the dynamic residual adds to one sample, in either order (see kernels/lowrank.h).
@@ -25,12 +27,9 @@ struct PointwisePlan {
     int64_t rows_at_a_time;  // channels_last: rows of x that pass all panels; contiguous: pixels of a latent
     int64_t channels_at_a_time;  // output channels of which W_n is formed at a time
     int64_t columns_at_a_time;   // contiguous: tiles side by side that pass all channels
-    int64_t longest;             // contiguous: input channels after which sums rest in the output
 };
 
-// tile_rows: rows of the channels_last tile; tile_pixels: lanes of the contiguous one.
 PointwisePlan pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t pixels,
-                             int64_t batch, bool channels_last, int64_t threads, int64_t tile_rows,
-                             int64_t tile_pixels);
+                             int64_t batch, bool channels_last, int64_t threads, const TileSizes& tiles);
 
 }  // namespace dcd

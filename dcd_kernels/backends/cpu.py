@@ -71,6 +71,7 @@ def plan(
 ) -> str | None:
     """Which order of the product this call takes, or ``None`` where there is no choice or nothing to ask.
 
+    With packed weights also the pieces: layout, panels, tile, what passes at a time, tasks of the threads.
     ``size`` is the output's spatial size where it is not the input's.
     """
     if op not in ("pointwise", "linear") or p is None:
@@ -88,6 +89,28 @@ def plan(
     cost = _core.pointwise_plan(*sizes, 1, blocks)
     limit = cost["synthesised_madds"] // cost["factored_madds"]
     counted = f"{pixels} output pixel{'' if pixels == 1 else 's'}"
+    innermost = not input.is_contiguous() and input.stride(1) == 1
+    last = input.dim() > 2 if op == "linear" else innermost
+    how = _core.pointwise_plan(
+        *sizes,
+        max(pixels, 1),
+        blocks,
+        batch=max(input.shape[0], 1),
+        channels_last=last,
+        threads=torch.get_num_threads(),
+    )
     if _core.pointwise_plan(*sizes, pixels, blocks)["order"] == "synthesised":
-        return f"W_n is synthesised in cache: {counted}, more than {limit}"
-    return f"W_n is applied in factors: {counted}, not more than {limit}"
+        text = f"W_n is synthesised in cache: {counted}, more than {limit}"
+    else:
+        text = f"W_n is applied in factors: {counted}, not more than {limit}"
+    if "tile" not in how:
+        return text
+    rows, lanes = how["tile"]
+    what = ("pixels", "channels") if how["layout"] == "channels_last" else ("channels", "pixels")
+    samples, channels, pieces = how["tasks"]
+    tasks = f"; tasks: {samples} by samples, {channels} by channels, {pieces} by pixels"
+    return (
+        f"{text}; packed weights: {how['layout']}, {how['panels']} panels of 16 channels, tiles of {rows} "
+        f"{what[0]} by {lanes} {what[1]}, {how['pixels_at_a_time']} pixels at a time"
+        f"{tasks if samples * channels * pieces > 1 else ''}"
+    )

@@ -34,9 +34,9 @@ class DCDLayer(nn.Module):
     latent_channels: int | None = None
     latent_kernel: int | None = None
     blocks: int = 1
-    # Whether inference on the CPU keeps the weights of a pointwise layer in packed form beside them, which
-    # doubles their memory. An edit that torch does not count (through `.data` or NumPy, or by another
-    # process) is seen after the next eval() or train().
+    # Whether inference on the CPU with channels_last images keeps the weights of a pointwise layer in packed
+    # form beside them, which doubles their memory. An edit that torch does not count (through `.data` or
+    # NumPy, or by another process) is seen after the next eval() or train().
     keep_packed: bool = True
     _kept = None
     # What the option is called in this class; the branch's own names are other ones.

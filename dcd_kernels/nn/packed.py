@@ -49,16 +49,22 @@ def _looked_at() -> bool:
     )
 
 
+def _channels_innermost(layer: nn.Module, input: Tensor) -> bool:
+    """Whether each pixel's channels lie next to each other: contiguous maps do not gain by packing."""
+    channels = input.dim() - 1 if hasattr(layer, "in_features") else 1
+    return input.stride(channels) == 1 and input.dim() > 2 and not (channels == 1 and input.is_contiguous())
+
+
 def packed_for(layer: nn.Module, input: Tensor) -> PackedWeight | None:
     """The packed weights of ``layer`` for a call with ``input``, or None where it takes the plain ones.
 
-    Packing is for inference: the layer in eval mode, no gradient recorded, the kernels of the CPU. It waits
-    for the second call in a row with the same parameters, so that a call with others
-    (``torch.func.functional_call``) costs no packing.
+    Packing is for inference: the layer in eval mode, no gradient recorded, the kernels of the CPU, channels
+    that lie next to each other, as in channels_last images. It waits for the second call in a row with the
+    same parameters, so that a call with others (``torch.func.functional_call``) costs no packing.
     """
     if layer.training or not layer.keep_packed or _looked_at():
         return None
-    if not runs_packed(input) or not extension.LOADED:
+    if not runs_packed(input) or not extension.LOADED or not _channels_innermost(layer, input):
         return None
     registered = layer._parameters
     parameters = tuple(registered.get(name) for name in _NAMES)

@@ -27,7 +27,8 @@ def _layer(kind: str, **options) -> nn.Module:
 def _image(kind: str, batch: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     shape = {"linear": (5, 24), "1": (24, 9), "2": (24, 7, 7), "3": (24, 2, 3, 5)}[kind]
-    return torch.randn(batch, *shape, generator=generator)
+    image = torch.randn(batch, *shape, generator=generator)
+    return image if kind == "linear" else image.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 @pytest.fixture
@@ -227,6 +228,21 @@ def test_frozen_parameters_need_no_no_grad(packed_calls):
     for _ in range(3):
         layer(x)
     assert len(packed_calls) == 2
+
+
+@pytest.mark.parametrize("kind", ("2", "linear"))
+def test_only_where_channels_are_innermost(kind, packed_calls):
+    """Contiguous maps and single rows gain nothing; a layer may be given both in turn."""
+    layer, x = _layer(kind), _image(kind)
+    other = x[:, 0] if kind == "linear" else x.contiguous()
+    with torch.no_grad():
+        for _ in range(3):
+            layer(other)
+        assert layer._kept is None
+        _right(layer, x)
+        _right(layer, other)
+        _right(layer, x)
+    assert len(packed_calls) == 5
 
 
 def test_can_be_turned_off(packed_calls):

@@ -5,6 +5,7 @@
 //   synthesised  as many panels of W_n as fit in half of L2 are formed, then all pixels of the sample pass
 #pragma once
 
+#include "../kernels.h"
 #include "panels.h"
 #include "thin.h"
 
@@ -277,48 +278,38 @@ class PackedProduct {
             }
     }
 
-    // Channels, in panels of W and of P, against the pixels of block.b. A block of pixels passes all bands of
-    // channels; within a band its columns lie next to each other, so that rows are written in long runs.
+    // Channels, in panels of W and of P, against the pixels of block.b. A few columns of pixels pass all
+    // bands of channels: one where they come from L2 slower than they are used, else as many as stay there,
+    // so that each row of the output is written in a long run.
     void maps(const Block<T>& block, const T* weight, const T* p, int64_t channels, int64_t pixels,
               T* space) const {
         constexpr int W = S::kLanes;
         const int64_t thin = Thin<S>::of(pixels), wide = pixels - thin;
-        const int64_t vectors = (wide + W - 1) / W,
-                      columns = (vectors + Shape<S>::kVectors - 1) / Shape<S>::kVectors;
-        const int64_t together = most<int64_t>(1, plan_.columns_at_a_time);
-        const int64_t pieces = most<int64_t>(1, (block.k + plan_.longest - 1) / plan_.longest);
-        for (int64_t j0 = 0; j0 < columns; j0 += together) {
-            const int64_t j1 = least(j0 + together, columns);
-            for (int64_t piece = 0; piece < pieces; ++piece) {
-                const int64_t k0 = piece * block.k / pieces, k1 = (piece + 1) * block.k / pieces;
-                const bool first = piece == 0, last = piece == pieces - 1;
-                for (int64_t c = 0; c < channels;) {
-                    const int64_t in_panel = least(kPanel, channels - c / kPanel * kPanel) - c % kPanel;
-                    const int64_t rows = in_panel > Shape<S>::kRows && in_panel < 2 * Shape<S>::kRows
-                                             ? (in_panel + 1) / 2
-                                             : least<int64_t>(in_panel, Shape<S>::kRows);
-                    const int64_t panel = c / kPanel, inside = c % kPanel;
-                    for (int64_t j = j0; j < j1; ++j) {
-                        const int64_t v0 = j * vectors / columns, v1 = (j + 1) * vectors / columns;
-                        const int64_t width = least(v1 * W, wide);
-                        Block<T> tile = block.at(c, v0 * W);
-                        tile.a = weight + (panel * block.k + k0) * kPanel + inside, tile.a_row = 1,
-                        tile.a_k = kPanel;
-                        tile.b += k0 * block.b_k, tile.k = k1 - k0;
-                        tile.upcoming = tile.b;
-                        if (!first) tile.init = tile.c, tile.init_row = tile.c_row;
-                        if (last && p) {
-                            tile.a2 = p + panel * s_.latent * kPanel + inside;
-                            tile.a2_row = 1, tile.a2_k = kPanel;
-                        }
-                        if (!last) {
-                            tile.scale = tile.bias = tile.residual = nullptr;
-                            tile.k2 = 0, tile.activation = kNone;
-                        }
-                        const int tail = static_cast<int>(width - (v1 - 1) * W);
-                        tile_of<S>(static_cast<int>(rows), static_cast<int>(v1 - v0), tail != W)(tile, tail);
+        const int64_t vectors = (wide + W - 1) / W;
+        const int64_t columns = (vectors + Shape<S>::kVectors - 1) / Shape<S>::kVectors;
+        for (int64_t j0 = 0; j0 < columns; j0 += plan_.columns_at_a_time) {
+            const int64_t j1 = least(j0 + plan_.columns_at_a_time, columns);
+            for (int64_t c = 0, band = 0, rows; c < channels; c += rows, ++band) {
+                const int64_t panel = c / kPanel, inside = c % kPanel;
+                const int64_t left = least(kPanel, channels - panel * kPanel) - inside;
+                // two halves instead of a full tile and a thin one
+                rows = left < 2 * Shape<S>::kRows && left > Shape<S>::kRows
+                           ? (left + 1) / 2
+                           : least<int64_t>(left, Shape<S>::kRows);
+                for (int64_t j = j0; j < j1; ++j) {
+                    const int64_t v0 = j * vectors / columns, v1 = (j + 1) * vectors / columns;
+                    Block<T> tile = block.at(c, v0 * W);
+                    tile.a = weight + panel * block.k * kPanel + inside, tile.a_row = 1, tile.a_k = kPanel;
+                    // The first bands fetch a vector each of what lies behind, whose rows are too far apart
+                    // for the hardware to guess.
+                    const bool fetch = band < Shape<S>::kVectors && v1 + band < vectors;
+                    tile.upcoming = fetch ? block.b + (v1 + band) * W : tile.b;
+                    if (p) {
+                        tile.a2 = p + panel * s_.latent * kPanel + inside;
+                        tile.a2_row = 1, tile.a2_k = kPanel;
                     }
-                    c += rows;
+                    const int tail = static_cast<int>(least(v1 * W, wide) - (v1 - 1) * W);
+                    tile_of<S>(static_cast<int>(rows), static_cast<int>(v1 - v0), tail != W)(tile, tail);
                 }
             }
         }
@@ -367,11 +358,16 @@ class PackedProduct {
 };
 
 template <class S>
+constexpr TileSizes tile_sizes() {
+    return {S::kLanes, PanelShape<S>::rows(2), 2 * S::kLanes, Shape<S>::kRows, Shape<S>::kLanes};
+}
+
+template <class S>
 static void pointwise_packed(const PointwiseParams<typename S::Scalar>& s, const Runtime& runtime) {
-    PackedProduct<S>(s, pointwise_plan(s.in_channels, s.out_channels, s.latent, s.pixels, s.batch,
-                                       s.channels_last && s.pixels > 1, runtime.threads,
-                                       PanelShape<S>::rows(2), Shape<S>::kLanes))
-        .run(runtime);
+    const PointwisePlan plan =
+        pointwise_plan(s.in_channels, s.out_channels, s.latent, s.pixels, s.batch,
+                       s.channels_last && s.pixels > 1, runtime.threads, tile_sizes<S>());
+    PackedProduct<S>(s, plan).run(runtime);
 }
 
 }  // namespace dcd::DCD_ISA

@@ -213,7 +213,8 @@ static void multiply_panels(const PanelBlock<typename S::Scalar>& s, int64_t row
                             const SampleSteps& samples, Ahead<typename S::Scalar>& ahead) {
     using T = typename S::Scalar;
     constexpr int W = S::kLanes, kMost = PanelShape<S>::kMost;
-    constexpr int64_t kLongest = 320;  // two panels of it leave room in 48 KB for the rows of A
+    // Pieces of k cost a pass over the output each: only where a panel is a good part of L2.
+    constexpr int64_t kLongest = 1024;
     constexpr int64_t kShort = 32;
     const int64_t vectors = (lanes + W - 1) / W;
     const int64_t pieces = most<int64_t>(1, (s.k + kLongest - 1) / kLongest);
