@@ -141,6 +141,19 @@ def ours() -> Layer:
     )
 
 
+def ours_packed(layout: str):
+    """Our operator with weights packed beforehand, as its layers keep them in inference."""
+
+    def build(operands: Operands) -> Callable[[], torch.Tensor]:
+        from dcd_kernels import dcd_conv2d, pack_weight
+
+        packed = pack_weight(operands.weight, operands.p, operands.q)
+        x, phi, lam = operands.input_as(layout), operands.phi, operands.lam
+        return lambda: dcd_conv2d(x, packed, phi=phi, lam=lam)
+
+    return build
+
+
 # ------------------------------------------------------------------------------------------ builders
 
 
@@ -216,6 +229,7 @@ for _layout in (NCHW, CHANNELS_LAST):
     register(STATIC, TRAINING, _layout, "conv2d")(training(static_conv, _layout, STATIC_LEAVES))
     register(STATIC, NORMALISED, _layout, "conv2d, BN, ReLU6")(normalised_eager(_layout))
     register(OURS, NORMALISED, _layout)(normalised_ours(_layout))
+    register(OURS, FORWARD, _layout, "packed")(ours_packed(_layout))
 
 register(GROUPED, FORWARD, NCHW)(forward(naive_grouped, NCHW, DYNAMIC_LEAVES))
 # beyond one sample the grouped convolution has to copy a channels-last input into NCHW

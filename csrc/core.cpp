@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
 #include "cpu/plan.h"
 
 namespace py = pybind11;
@@ -48,13 +49,16 @@ dcd::Products products_called(const std::string& name) {
     throw py::value_error("products must be empty or a key of products(), got '" + name + "'");
 }
 
-// The order of the product that a pointwise layer takes, and what the residual costs a sample in each order;
-// `products` names a way to multiply bf16, and `split` says that the maps are fp32 all the same.
+// The order of the product that a pointwise layer takes, what the residual costs a sample in each order, and
+// how the fp32 kernels for packed weights of the instruction set in use go about it. `products` names a way
+// to multiply bf16, and `split` says that the maps are fp32 all the same.
 py::dict pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t latent_channels, int64_t pixels,
-                        int64_t blocks, const std::string& products, bool split, bool channels_last) {
+                        int64_t blocks, const std::string& products, bool split, bool channels_last,
+                        int64_t batch, int64_t threads) {
     if (in_channels < 1 || out_channels < 1 || latent_channels < 0 || pixels < 0 || blocks < 1)
         throw py::value_error(
             "channels and blocks must be positive, latent_channels and pixels not negative");
+    if (batch < 1 || threads < 1) throw py::value_error("batch and threads must be positive");
     py::dict plan;
     if (!products.empty()) {
         const dcd::MixedPlan mixed =
@@ -71,6 +75,23 @@ py::dict pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t laten
     plan["order"] = latent_channels && cost.synthesis_pays() ? "synthesised" : "factored";
     plan["synthesised_madds"] = cost.synthesised;
     plan["factored_madds"] = cost.factored;
+    if (blocks > 1 || pixels < 1) return plan;  // no packed form, or nothing to do
+    channels_last = channels_last && pixels > 1;
+    const dcd::TileSizes& tiles = dcd::kernels<float>().tiles;
+    const dcd::PointwisePlan how = dcd::pointwise_plan(in_channels, out_channels, latent_channels, pixels,
+                                                       batch, channels_last, threads, tiles);
+    plan["layout"] = channels_last ? "channels_last" : "contiguous";
+    plan["instruction_set"] = dcd::instruction_set();
+    if (channels_last) {
+        plan["tile"] = py::make_tuple(tiles.panel_rows, tiles.panel_lanes);  // pixels x output channels
+    } else {
+        plan["tile"] = py::make_tuple(tiles.channel_rows, tiles.channel_lanes);  // output channels x pixels
+        plan["columns_at_a_time"] = how.columns_at_a_time;
+    }
+    plan["panels"] = (out_channels + dcd::kPanel - 1) / dcd::kPanel;
+    plan["pixels_at_a_time"] = how.rows_at_a_time;
+    if (how.synthesised) plan["channels_at_a_time"] = how.channels_at_a_time;
+    plan["tasks"] = py::make_tuple(how.sample_tasks, how.channel_tasks, how.pixel_tasks);
     return plan;
 }
 
@@ -129,12 +150,15 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "instruction_set", [] { return std::string(dcd::instruction_set()); },
         "The one chosen for this CPU.");
-    m.def("pointwise_plan", &pointwise_plan, py::arg("in_channels"), py::arg("out_channels"),
-          py::arg("latent_channels"), py::arg("pixels"), py::arg("blocks") = 1, py::arg("products") = "",
-          py::arg("split") = false, py::arg("channels_last") = false,
-          "The order a pointwise layer takes, and the multiply-adds of its residual for one sample in each "
-          "order; with bf16 products, in units of a multiply-add in float32, and what the rows of the "
-          "product are.");
+    m.def(
+        "pointwise_plan", &pointwise_plan, py::arg("in_channels"), py::arg("out_channels"),
+        py::arg("latent_channels"), py::arg("pixels"), py::arg("blocks") = 1, py::arg("products") = "",
+        py::arg("split") = false, py::arg("channels_last") = false, py::arg("batch") = 1,
+        py::arg("threads") = 1,
+        "The order a pointwise layer takes, the multiply-adds of its residual for one sample in each order, "
+        "and how packed weights are gone about: layout, tile, panels of 16 output channels, what passes at "
+        "a time, tasks over (samples, channels, pixels). With bf16 products the multiply-adds are in units "
+        "of one in float32, and it says what the rows of the product are.");
     m.def("products", &products,
           "The ways to multiply bf16, best first: why each is not taken on this CPU, empty where nothing "
           "speaks against it. The first without an obstacle runs.");

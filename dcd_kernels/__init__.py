@@ -14,6 +14,7 @@ from .functional import dcd_apply, dcd_conv1d, dcd_conv2d, dcd_conv3d, dcd_linea
 from .inference import optimize_for_inference
 from .interop import accelerate, report, restore
 from .nn import convert
+from .packing import PackedWeight, pack_weight
 
 try:
     __version__ = metadata.version("dcd-kernels")
@@ -21,6 +22,7 @@ except metadata.PackageNotFoundError:  # a checkout on the path that was never i
     __version__ = "0+uninstalled"
 
 __all__ = [
+    "PackedWeight",
     "accelerate",
     "convert",
     "dcd_apply",
@@ -34,6 +36,7 @@ __all__ = [
     "models",
     "nn",
     "optimize_for_inference",
+    "pack_weight",
     "reference",
     "report",
     "restore",

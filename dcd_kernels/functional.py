@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import checks, extension, geometry, reference
+from . import checks, extension, geometry, packing, reference
 from .backends import selection
+from .packing import PackedWeight
 
 if extension.LOADED:
     from . import ops
@@ -24,7 +25,7 @@ _CODES = checks.ACTIVATIONS
 
 def dcd_conv1d(
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     p: Tensor | None = None,
     phi: Tensor | None = None,
     q: Tensor | None = None,
@@ -40,6 +41,10 @@ def dcd_conv1d(
     activation: str | None = None,
 ) -> Tensor:
     """Dynamic convolution decomposition over (N, Ci, length): :func:`dcd_conv2d` in one dimension."""
+    if type(weight) is PackedWeight:
+        return _packed_conv(
+            1, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+        )
     plan = checks.conv(
         1, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
@@ -48,7 +53,7 @@ def dcd_conv1d(
 
 def dcd_conv2d(
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     p: Tensor | None = None,
     phi: Tensor | None = None,
     q: Tensor | None = None,
@@ -83,7 +88,8 @@ def dcd_conv2d(
 
     Args:
         input: (N, Ci, H, W), contiguous, channels_last or any strides.
-        weight: the static weights W0, (Co, Ci / groups, kh, kw).
+        weight: the static weights W0, (Co, Ci / groups, kh, kw); or the :class:`PackedWeight` of a pointwise
+            layer, beside which p, q and r are left out (:func:`pack_weight`).
         p, phi, q, r: the factors of the dynamic residual. In Eq. 7, block b takes the rows b of p and q.
         lam: (N, Co), the channel attention; it does not scale the bias.
         bias: (Co,), or (N, Co) for one bias per sample.
@@ -107,6 +113,10 @@ def dcd_conv2d(
             factor, even kernel sizes with a centre tap, an unknown activation.
         RuntimeError: a backend chosen by :class:`use_backend` cannot run the call.
     """
+    if type(weight) is PackedWeight:
+        return _packed_conv(
+            2, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+        )
     plan = checks.conv(
         2, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
@@ -115,7 +125,7 @@ def dcd_conv2d(
 
 def dcd_conv3d(
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     p: Tensor | None = None,
     phi: Tensor | None = None,
     q: Tensor | None = None,
@@ -131,6 +141,10 @@ def dcd_conv3d(
     activation: str | None = None,
 ) -> Tensor:
     """Dynamic convolution decomposition over (N, Ci, D, H, W): :func:`dcd_conv2d` in three dimensions."""
+    if type(weight) is PackedWeight:
+        return _packed_conv(
+            3, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+        )
     plan = checks.conv(
         3, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
@@ -139,7 +153,7 @@ def dcd_conv3d(
 
 def dcd_linear(
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     p: Tensor | None = None,
     phi: Tensor | None = None,
     q: Tensor | None = None,
@@ -155,7 +169,7 @@ def dcd_linear(
 
     Args:
         input: (N, …, Ci); all rows of sample n share its weights.
-        weight: (Co, Ci).
+        weight: (Co, Ci), or a :class:`PackedWeight`, beside which p and q are left out.
         p, phi, q: (Co, L), (N, L, L) or in blocks (N, B, L, L), (Ci, L); all or none of them.
         lam: (N, Co). bias: (Co,) or (N, Co), not scaled by lam. residual: (N, …, Co).
         activation: None, 'relu', 'relu6', 'silu' or 'hardswish'.
@@ -166,18 +180,26 @@ def dcd_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`dcd_conv2d`.
     """
+    if type(weight) is PackedWeight:
+        return _packed_linear(input, weight, p, phi, q, lam, bias, residual, activation)
     checks.linear("dcd_linear", input, weight, p, phi, q, lam, bias, residual, activation)
     if selection.select("linear", input, weight, p, phi, q, lam) == "reference":
         return reference.linear(input, weight, p, phi, q, lam, bias, residual, activation)
-    if input.dim() == 2:
-        pixels = input.unsqueeze(2)
-        skip = None if residual is None else residual.unsqueeze(2)
-        return ops.pointwise(pixels, weight, p, phi, q, lam, bias, skip, _CODES[activation]).squeeze(2)
-    # Rows are the pixels of a channels-last image: a view, as is the way back.
-    pixels = input.flatten(1, -2).transpose(1, 2)
-    skip = None if residual is None else residual.flatten(1, -2).transpose(1, 2)
+    pixels, skip = _as_pixels(input), None if residual is None else _as_pixels(residual)
     output = ops.pointwise(pixels, weight, p, phi, q, lam, bias, skip, _CODES[activation])
-    return output.transpose(1, 2).reshape(*input.shape[:-1], weight.shape[0])
+    return _as_rows(output, input.shape)
+
+
+def _as_pixels(rows: Tensor) -> Tensor:
+    """(N, …, C) as (N, C, pixels): a view, the rows are the pixels of a channels-last image."""
+    return rows.unsqueeze(2) if rows.dim() == 2 else rows.flatten(1, -2).transpose(1, 2)
+
+
+def _as_rows(pixels: Tensor, shape) -> Tensor:
+    """The way back, for an input of ``shape``; a view too."""
+    if len(shape) == 2:
+        return pixels.squeeze(2)
+    return pixels.transpose(1, 2).reshape(*shape[:-1], pixels.shape[1])
 
 
 def dcd_apply(
@@ -264,6 +286,48 @@ def _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activa
     ):
         return _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, _CODES[activation])
     return reference.conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
+
+
+def _packed_conv(
+    spatial, input, packed, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+) -> Tensor:
+    """A convolution with packed weights; any other backend than the CPU's gets the plain tensors."""
+    where = packing.check_conv(
+        spatial,
+        packed,
+        input,
+        p,
+        phi,
+        q,
+        r,
+        lam,
+        bias,
+        residual,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+    )
+    if packing.runs_packed(input):
+        if where is not None:
+            input = geometry.sample(input, where.stride, where.centre, where.output)
+        return ops.pointwise_packed(input, packed, phi, lam, bias, residual, _CODES[activation])
+    weight, p, q = packed.unpack()
+    weight = weight.unflatten(1, (-1,) + (1,) * spatial)
+    plan = None if where is None else checks.Plan("pointwise", where)
+    return _conv(plan, input, weight, p, phi, q, None, lam, bias, residual, 1, activation)
+
+
+def _packed_linear(input, packed, p, phi, q, lam, bias, residual, activation) -> Tensor:
+    """:func:`dcd_linear` with packed weights; any other backend than the CPU's gets the plain tensors."""
+    packing.check_linear(packed, input, p, phi, q, lam, bias, residual, activation)
+    if packing.runs_packed(input):
+        skip = None if residual is None else _as_pixels(residual)
+        output = ops.pointwise_packed(_as_pixels(input), packed, phi, lam, bias, skip, _CODES[activation])
+        return _as_rows(output, input.shape)
+    weight, p, q = packed.unpack()
+    return dcd_linear(input, weight, p, phi, q, lam=lam, bias=bias, residual=residual, activation=activation)
 
 
 def _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, code) -> Tensor:

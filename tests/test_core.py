@@ -107,6 +107,37 @@ def test_plan_takes_the_order_with_fewer_multiply_adds():
     assert few["synthesised_madds"] == 96 * 24 * 8 + 24 * 8 * 8 + 96 * 24
     with pytest.raises(ValueError, match="must be positive"):
         _core.pointwise_plan(0, 1, 1, 1)
+    with pytest.raises(ValueError, match="batch and threads"):
+        _core.pointwise_plan(8, 8, 2, 9, threads=0)
+
+
+@needs_extension
+def test_plan_of_packed_weights():
+    """What is printed is what the kernels go by: every share of the work is covered, and fits its cache."""
+    from dcd_kernels import _core
+
+    sizes = ((16, 96, 4, 112 * 112), (2048, 512, 32, 49), (1024, 256, 32, 196), (24, 20, 4, 1), (5, 3, 0, 7))
+    for in_channels, out_channels, latent, pixels in sizes:
+        for batch in (1, 3, 8):
+            for threads in (1, 2, 5):
+                for last in (False, True):
+                    plan = _core.pointwise_plan(
+                        in_channels, out_channels, latent, pixels, 1, batch, last, threads
+                    )
+                    assert plan["layout"] == ("channels_last" if last and pixels > 1 else "contiguous")
+                    assert plan["panels"] * 16 >= out_channels > (plan["panels"] - 1) * 16
+                    samples, channels, pieces = plan["tasks"]
+                    assert 1 <= samples <= batch and 1 <= channels <= plan["panels"] and 1 <= pieces <= pixels
+                    assert samples * channels * pieces <= max(threads, batch * threads)
+                    assert (threads > 1) or samples == channels == pieces == 1
+                    rows, lanes = plan["tile"]
+                    assert (
+                        plan["pixels_at_a_time"] % (rows if plan["layout"] == "channels_last" else lanes) == 0
+                    )
+                    if plan["order"] == "synthesised":
+                        assert plan["channels_at_a_time"] % 16 == 0
+                        assert plan["channels_at_a_time"] * in_channels <= max(96 * 1024, 16 * in_channels)
+    assert "tile" not in _core.pointwise_plan(8, 8, 2, 9, blocks=2)
 
 
 @needs_extension

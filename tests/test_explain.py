@@ -160,7 +160,10 @@ def test_order_of_the_product_of_this_call(form, options, pixels):
     (note,) = [note for note in explained(case).calls[0].notes if "output pixel" in note]
     words = {"synthesised": "synthesised in cache", "factored": "applied in factors"}
     assert words[order] in note and f": {pixels} output pixel" in note
-    limit = int(note.rpartition(" ")[2])
+    limit = int(re.search(r"more than (\d+)", note)[1])
+    assert ("packed weights: " in note) == (blocks == 1)
+    if form == "linear rows":
+        assert "channels_last" in note and "4 panels" in note
     assert _core.pointwise_plan(64, 64, 8, limit, blocks)["order"] == "factored"
     assert _core.pointwise_plan(64, 64, 8, limit + 1, blocks)["order"] == "synthesised"
 

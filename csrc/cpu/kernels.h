@@ -10,8 +10,16 @@
 
 namespace dcd {
 
+// The register blocks of an instruction set's products.
+struct TileSizes {
+    int64_t lanes;                        // of a vector
+    int64_t panel_rows, panel_lanes;      // packed weights, channels_last: pixels x output channels
+    int64_t channel_rows, channel_lanes;  // contiguous maps: output channels x pixels
+};
+
 template <class T>
 struct Kernels {
+    TileSizes tiles;
     void (*pointwise)(const PointwiseParams<T>&, const Runtime&);
     void (*pointwise_grad)(const PointwiseGradParams<T>&, const Runtime&);
     void (*apply)(const ApplyParams<T>&, const Runtime&);

@@ -41,6 +41,7 @@ struct PointwiseParams {
     Map<const T> residual;  // [N, Co, P] or null
     Map<T> output;          // [N, Co, P]
     int activation;
+    const T* packed;  // weight, p and q as pack() leaves them, which then are null; or null
 };
 
 // Gradients of the same, given G = dy behind the activation. A null pointer is a gradient nobody asked for.

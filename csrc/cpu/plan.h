@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels.h"
 #include "mixed.h"
 
 namespace dcd {
@@ -30,5 +31,17 @@ struct MixedPlan {
 
 MixedPlan mixed_plan(Products products, bool split, int64_t in_channels, int64_t out_channels, int64_t latent,
                      int64_t blocks, int64_t pixels, bool channels_last);
+
+// How the kernels of kernels/packed.h go about one layer. Tasks are shared out to threads.
+struct PointwisePlan {
+    bool synthesised;
+    int64_t sample_tasks, channel_tasks, pixel_tasks;
+    int64_t rows_at_a_time;  // channels_last: rows of x that pass all panels; contiguous: pixels of a latent
+    int64_t channels_at_a_time;  // output channels of which W_n is formed at a time
+    int64_t columns_at_a_time;   // contiguous: tiles side by side that pass all channels
+};
+
+PointwisePlan pointwise_plan(int64_t in_channels, int64_t out_channels, int64_t latent, int64_t pixels,
+                             int64_t batch, bool channels_last, int64_t threads, const TileSizes& tiles);
 
 }  // namespace dcd

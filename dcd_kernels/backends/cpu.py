@@ -100,6 +100,7 @@ def plan(
 ) -> str | None:
     """Which order of the product this call takes, or ``None`` where there is no choice or nothing to ask.
 
+    With packed weights also the pieces: layout, panels, tile, what passes at a time, tasks of the threads.
     ``size`` is the output's spatial size where it is not the input's.
     """
     if op not in ("pointwise", "linear") or p is None:
@@ -124,5 +125,26 @@ def plan(
     limit = many * cost["synthesised_madds"] // cost["factored_madds"]
     counted = f"{pixels} output pixel{'' if pixels == 1 else 's'}"
     if _core.pointwise_plan(*sizes, pixels, **options)["order"] == "synthesised":
-        return f"W_n is synthesised in cache: {counted}, more than {limit}{why}"
-    return f"W_n is applied in factors: {counted}, not more than {limit}{why}"
+        text = f"W_n is synthesised in cache: {counted}, more than {limit}{why}"
+    else:
+        text = f"W_n is applied in factors: {counted}, not more than {limit}{why}"
+    innermost = not input.is_contiguous() and input.stride(1) == 1
+    how = _core.pointwise_plan(
+        *sizes,
+        max(pixels, 1),
+        **options,
+        batch=max(input.shape[0], 1),
+        channels_last=input.dim() > 2 if op == "linear" else innermost,
+        threads=torch.get_num_threads(),
+    )
+    if "tile" not in how:
+        return text
+    rows, lanes = how["tile"]
+    what = ("pixels", "channels") if how["layout"] == "channels_last" else ("channels", "pixels")
+    samples, channels, pieces = how["tasks"]
+    tasks = f"; tasks: {samples} by samples, {channels} by channels, {pieces} by pixels"
+    return (
+        f"{text}; packed weights: {how['layout']}, {how['panels']} panels of 16 channels, tiles of {rows} "
+        f"{what[0]} by {lanes} {what[1]}, {how['pixels_at_a_time']} pixels at a time"
+        f"{tasks if samples * channels * pieces > 1 else ''}"
+    )

@@ -149,6 +149,10 @@ class _DCDConv(DCDLayer):
         """Whether every input channel has kernels of its own (Eq. 8)."""
         return self.groups > 1 and self.groups == self.in_channels
 
+    @property
+    def _pointwise(self) -> bool:
+        return self.groups == 1 and self.blocks == 1 and all(size == 1 for size in self.kernel_size)
+
     def _set_groups(self, groups: int) -> None:
         if (
             not isinstance(groups, int)
@@ -246,12 +250,14 @@ class _DCDConv(DCDLayer):
         if self._margins:
             input, padding = F.pad(input, self._margins, mode=self.padding_mode), 0
         convolve = (functional.dcd_conv1d, functional.dcd_conv2d, functional.dcd_conv3d)[self.spatial - 1]
+        packed = self._packed(input)
+        weights = (self.weight, self.p, self.q) if packed is None else (packed, None, None)
         return convolve(
             input,
-            self.weight,
-            self.p,
+            weights[0],
+            weights[1],
             phi,
-            self.q,
+            weights[2],
             r=self.r,
             lam=lam,
             bias=self.bias,

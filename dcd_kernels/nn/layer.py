@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from dcd_kernels.checks import ACTIVATIONS
 from dcd_kernels.nn.branch import DynamicBranch, one_of
 from dcd_kernels.nn.latent import LatentRule, latent_channels, squeeze_channels
+from dcd_kernels.nn.packed import packed_for
+from dcd_kernels.packing import PackedWeight
 
 # The classes that a DCD layer can be made from. Subclasses are left out on purpose: theirs may be another
 # computation (standardised weights, "same" padding of TensorFlow, parametrisations).
@@ -31,6 +34,11 @@ class DCDLayer(nn.Module):
     latent_channels: int | None = None
     latent_kernel: int | None = None
     blocks: int = 1
+    # Whether inference on the CPU with channels_last images keeps the weights of a pointwise layer in packed
+    # form beside them, which doubles their memory. An edit that torch does not count (through `.data` or
+    # NumPy, or by another process) is seen after the next eval() or train().
+    keep_packed: bool = True
+    _kept = None
     # What the option is called in this class; the branch's own names are other ones.
     condition_option = "condition_channels"
 
@@ -153,6 +161,33 @@ class DCDLayer(nn.Module):
         if self.r is not None:
             nn.init.normal_(self.r, std=self.r.shape[0] ** -0.5)
         self.branch.reset_parameters()
+
+    def _packed(self, input: Tensor) -> PackedWeight | None:
+        """The packed weights for a call with ``input``; None where the layer is to take its parameters."""
+        return packed_for(self, input) if self._pointwise else None
+
+    def _forget_packed(self) -> None:
+        if self._kept is not None:
+            self._kept = None
+
+    def train(self, mode: bool = True) -> Self:
+        self._forget_packed()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        self._forget_packed()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        """What is pickled and copied: all but the packed weights, which follow from the parameters."""
+        state = self.__dict__.copy()
+        state.pop("_kept", None)
+        return state
+
+    @property
+    def _pointwise(self) -> bool:
+        """Whether the layer is one dense pointwise operator, the form that can be packed."""
+        raise NotImplementedError
 
     @property
     def channel_fusion(self) -> bool:

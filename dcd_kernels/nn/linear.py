@@ -91,6 +91,10 @@ class DCDLinear(DCDLayer):
             dtype=dtype,
         )
 
+    @property
+    def _pointwise(self) -> bool:
+        return self.blocks == 1
+
     def coefficients(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """λ (N, out_features) and Φ of the layer for ``input`` (or for what is passed as ``condition``)."""
         return self.branch(input.movedim(-1, 1) if input.dim() > 2 else input)
@@ -102,12 +106,14 @@ class DCDLinear(DCDLayer):
             input, f"(N, ..., {self.in_features})", input.dim() >= 2 and input.shape[-1] == self.in_features
         )
         lam, phi = self.coefficients(self._conditioned(input, condition))
+        packed = self._packed(input)
+        weights = (self.weight, self.p, self.q) if packed is None else (packed, None, None)
         return functional.dcd_linear(
             input,
-            self.weight,
-            self.p,
+            weights[0],
+            weights[1],
             phi,
-            self.q,
+            weights[2],
             lam=lam,
             bias=self.bias,
             residual=residual,

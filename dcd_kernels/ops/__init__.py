@@ -16,10 +16,22 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
-from . import autocast, autograd, branch, fakes, flops, latent_map, layer, moments, norm  # noqa: F401 (flops registers formulas)
+from ..packing import PackedWeight
+from . import (  # noqa: F401 (flops registers formulas)
+    autocast,
+    autograd,
+    branch,
+    fakes,
+    flops,
+    latent_map,
+    layer,
+    moments,
+    norm,
+    packed,
+)
 from .calls import call
 
-__all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_pooled"]
+__all__ = ["apply", "depthwise", "latent_moments", "pointwise", "pointwise_packed", "pointwise_pooled"]
 
 _pointwise = torch.ops.dcd_kernels.pointwise.default
 _apply = torch.ops.dcd_kernels.apply.default
@@ -51,6 +63,7 @@ branch.register(_library)
 latent_map.register(_library)
 layer.register(_library)
 norm.register(_library)
+packed.register(_library)
 autocast.register(_library, [*(form.forward for form in _FORMS), _pooled, moments.OP])
 _pointwise_function, _apply_function, _depthwise_function = (
     autograd.register(_library, form) for form in _FORMS
@@ -83,6 +96,20 @@ def pointwise(
     for what the kernels cannot compute.
     """
     return call(_pointwise, _pointwise_function, input, weight, p, phi, q, lam, bias, residual, activation)
+
+
+def pointwise_packed(
+    input: Tensor,
+    weight: PackedWeight,
+    phi: Tensor | None,
+    lam: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """`pointwise` with weight, p and q packed; a dense phi (N, L, L)."""
+    sizes = weight.out_channels, weight.latent_channels
+    return call(packed.OP, packed.Function, input, weight.data, *sizes, phi, lam, bias, residual, activation)
 
 
 def pointwise_pooled(

@@ -7,6 +7,8 @@ from torch.autograd import forward_ad
 _NAMES = (
     "pointwise",
     "pointwise_pooled",
+    "pointwise_packed",
+    "pack_pointwise",
     "apply",
     "depthwise",
     "latent_moments",

@@ -33,6 +33,20 @@ def pointwise(input, weight, p, phi, q, lam, bias, residual, activation, *, out_
     return 2 * input[0] * (out_channels * in_channels * pixels + dynamic)
 
 
+@register_flop_formula(_ops.pointwise_packed)
+def pointwise_packed(
+    input, packed, out_channels, latent, phi, lam, bias, residual, activation, *, out_shape=None
+) -> int:
+    pixels = _pixels(input)
+    dynamic = madds.pointwise_residual(input[1], out_channels, latent, 1, pixels)
+    return 2 * input[0] * (out_channels * input[1] * pixels + dynamic)
+
+
+@register_flop_formula(_ops.pack_pointwise)
+def pack_pointwise(weight, p, q, *, out_shape=None) -> int:
+    return 0
+
+
 @register_flop_formula(_ops.pointwise_backward)
 def pointwise_backward(grad, input, weight, p, phi, q, lam, needs, *, out_shape=None) -> int:
     out_channels, in_channels = weight

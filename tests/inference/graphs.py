@@ -298,7 +298,11 @@ PARTS = {
         1,
     ),
     "residual": (lambda: Net(lambda s, x: s.b(s.a(x), x), a=conv(3, 3), b=dcd(3, 3)), ("b",), 1),
-    "another condition": (lambda: Net(lambda s, x: s.b(s.a(x), condition=x), a=conv(3, 3), b=dcd(3, 8)), ("b",), 1),
+    "another condition": (
+        lambda: Net(lambda s, x: s.b(s.a(x), condition=x), a=conv(3, 3), b=dcd(3, 8)),
+        ("b",),
+        1,
+    ),
     "mean over rows": (lambda: Net(lambda s, x: s.a(x).mean(2), a=conv(3, 8)), ("mean",), 1),
     "padded mean": (
         lambda: chain(conv(3, 40), nn.AdaptiveAvgPool2d(1), conv(40, 8)),

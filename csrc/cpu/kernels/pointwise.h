@@ -4,12 +4,14 @@
 #pragma once
 
 #include "lowrank.h"
+#include "packed.h"
 
 namespace dcd::DCD_ISA {
 
 template <class S>
 static void pointwise(const PointwiseParams<typename S::Scalar>& s, const Runtime& runtime) {
     using T = typename S::Scalar;
+    if (s.packed) return pointwise_packed<S>(s, runtime);
     // A single pixel is a column of channels in either layout.
     const bool channels_last = s.channels_last && s.pixels > 1;
     const bool synthesised =
