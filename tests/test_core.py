@@ -122,7 +122,13 @@ def test_plan_of_packed_weights():
             for threads in (1, 2, 5):
                 for last in (False, True):
                     plan = _core.pointwise_plan(
-                        in_channels, out_channels, latent, pixels, 1, batch, last, threads
+                        in_channels,
+                        out_channels,
+                        latent,
+                        pixels,
+                        batch=batch,
+                        channels_last=last,
+                        threads=threads,
                     )
                     assert plan["layout"] == ("channels_last" if last and pixels > 1 else "contiguous")
                     assert plan["panels"] * 16 >= out_channels > (plan["panels"] - 1) * 16
