@@ -144,6 +144,8 @@ def test_bfloat16_has_a_limit_of_its_own(written):
         for runtime in (OPENVINO, OPENVINO_BF16)
     )
     assert not narrow.right and wide.right
+    nothing = checker.check(Candidate(OPENVINO_BF16, DCD), torch.zeros_like(checker.truth(DCD)))
+    assert not nothing.right
 
 
 def test_ours_is_refused_without_its_function(written, monkeypatch):
