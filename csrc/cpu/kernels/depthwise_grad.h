@@ -224,6 +224,10 @@ class ChannelSums {
         const DepthwiseParams<T>& p = s_.forward;
         const T* x = p.input + n * p.input_sample + o0;
         const T* grad = s_.grad + n * s_.grad_sample + o0;
+        if (square_of_three(p)) {
+            count < W ? nine_taps<true>(x, grad, count, out) : nine_taps<false>(x, grad, count, out);
+            return;
+        }
         for (int64_t kz = 0; kz < p.kernel[0]; ++kz)
             for (int64_t ky = 0; ky < p.kernel[1]; ++ky)
                 for (int64_t kx = 0; kx < p.kernel[2];) {
@@ -239,6 +243,80 @@ class ChannelSums {
     }
 
   private:
+    // 3x3 that reaches one pixel beyond the image at most: all taps in one pass over the rows, so that each
+    // row of the image comes from memory once and not three times.
+    static bool square_of_three(const DepthwiseParams<T>& p) {
+        if (p.kernel[0] != 1 || p.in_size[0] != 1 || p.padding[0] != 0) return false;
+        for (int i : {1, 2})
+            if (p.kernel[i] != 3 || p.dilation[i] != 1 || p.padding[i] != 1 || p.in_size[i] < 2 ||
+                p.out_size[i] < 2)
+                return false;
+        return true;
+    }
+
+    // LINES lines of taps, from `first` on, of one row of the gradient.
+    template <int LINES, bool TAIL>
+    void add_row(const T* g, const T* from, int64_t count, int first, V (&total)[9]) const {
+        const DepthwiseParams<T>& p = s_.forward;
+        const int64_t g_step = s_.grad_spatial[2], pixel = p.input_spatial[2], line = p.input_spatial[1],
+                      x_step = pixel * p.stride[2], columns = p.out_size[2];
+        // beyond the row: its neighbour in the image, and what will be read next
+        const int64_t g_ahead = s_.grad_spatial[1], x_ahead = LINES * line;
+        const auto load = [count](const T* at) {
+            return TAIL ? S::load_first(at, static_cast<int>(count)) : S::load(at);
+        };
+        V sum[LINES][3];
+#pragma GCC unroll 3
+        for (int r = 0; r < LINES; ++r)
+#pragma GCC unroll 3
+            for (int k = 0; k < 3; ++k) sum[r][k] = S::zero();
+        const auto edge = [&](int64_t i) {
+            const V here = load(g + i * g_step);
+            for (int k = 0; k < 3; ++k) {
+                const int64_t column = i * p.stride[2] + k - 1;
+                if (column < 0 || column >= p.in_size[2]) continue;
+                for (int r = 0; r < LINES; ++r)
+                    sum[r][k] = S::fma(here, load(from + r * line + column * pixel), sum[r][k]);
+            }
+        };
+        edge(0);
+        const T *g_at = g + g_step, *x_at = from + x_step - pixel;
+        for (int64_t i = 1; i + 1 < columns; ++i, g_at += g_step, x_at += x_step) {
+            const V here = load(g_at);
+            S::prefetch(g_at + g_ahead);
+            for (int64_t j = 0; j < p.stride[2]; ++j)
+                for (int64_t r = 0; r < p.stride[1]; ++r) S::prefetch(x_at + x_ahead + r * line + j * pixel);
+#pragma GCC unroll 3
+            for (int r = 0; r < LINES; ++r)
+#pragma GCC unroll 3
+                for (int k = 0; k < 3; ++k)
+                    sum[r][k] = S::fma(here, load(x_at + r * line + k * pixel), sum[r][k]);
+        }
+        edge(columns - 1);
+        for (int r = 0; r < LINES; ++r)
+            for (int k = 0; k < 3; ++k)
+                total[(first + r) * 3 + k] = S::add(total[(first + r) * 3 + k], sum[r][k]);
+    }
+
+    template <bool TAIL>
+    void nine_taps(const T* x, const T* grad, int64_t count, T* out) const {
+        const DepthwiseParams<T>& p = s_.forward;
+        const int64_t line = p.input_spatial[1];
+        V total[9];
+        for (V& t : total) t = S::zero();
+        for (int64_t y = 0; y < p.out_size[1]; ++y) {
+            const T* g = grad + y * s_.grad_spatial[1];
+            const int64_t top = y * p.stride[1] - 1;
+            if (top < 0)
+                add_row<2, TAIL>(g, x, count, 1, total);
+            else if (top + 2 >= p.in_size[1])
+                add_row<2, TAIL>(g, x + top * line, count, 0, total);
+            else
+                add_row<3, TAIL>(g, x + top * line, count, 0, total);
+        }
+        for (int t = 0; t < 9; ++t) S::store(out + t * W, total[t]);
+    }
+
     // K taps of a line: a gradient that is loaded serves all of them where all lie inside. Sums end with the
     // row, which keeps them short, and alternate, so that an addition need not wait for the one before.
     template <int K, bool TAIL>
