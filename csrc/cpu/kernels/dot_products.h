@@ -171,6 +171,7 @@ struct DotProducts {
         const int64_t bands = (rows + kBand - 1) / kBand;
         for (int64_t i = 0; i < bands; ++i) {
             const int64_t r0 = i * rows / bands, r1 = (i + 1) * rows / bands;
+            if (f.along_lanes && i + 1 < bands) fetch(at(product, r1, 0), (i + 2) * rows / bands - r1);
             for_columns(whole, [&](int64_t v0, int64_t vectors, int64_t count) {
                 finishing_tile_of(r1 - r0, vectors)(at(product, r0, v0), at(second, r0, v0),
                                                     at(f, r0, 16 * v0), count);
@@ -186,6 +187,14 @@ struct DotProducts {
     }
 
   private:
+    // Rows of the next band: several at once, each with a page of its own, are more than the hardware
+    // follows.
+    static void fetch(const PairProduct& product, int64_t rows) {
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t k = 0; k < product.pairs; k += 16)
+                _mm_prefetch(reinterpret_cast<const char*>(product.rows + r * product.row + 2 * k),
+                             _MM_HINT_T0);
+    }
     // One lane of a product as a row.
     static void take_lane(const PairProduct& product, int64_t lane, uint16_t* to) {
         const uint16_t* from = product.lanes + lane / 16 * product.vector + lane % 16 * 2;

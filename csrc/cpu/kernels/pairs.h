@@ -37,17 +37,24 @@ struct Pairs {
     template <Part PART = Part::kWhole, class F>
     static void to_lanes(const F* from, int64_t from_k, int64_t k, int64_t lanes, int64_t depth,
                          uint16_t* to) {
-        for (int64_t j = 0; j < lanes; j += kLanes) {
+        const auto put = [&](int64_t i, int64_t j) {
+            const F* at = from + i * from_k + j;
             const int64_t count = lanes - j;
-            for (int64_t i = 0; i < depth; i += 2, to += 2 * kLanes) {
-                const F* at = from + i * from_k + j;
-                const __m256i zero = _mm256_setzero_si256();
-                const __m256i even = i < k ? load<PART>(at, count) : zero;
-                const __m256i odd = i + 1 < k ? load<PART>(at + from_k, count) : zero;
-                const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                                      _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-                _mm512_storeu_si512(to, pairs);
-            }
+            const __m256i zero = _mm256_setzero_si256();
+            const __m256i even = i < k ? load<PART>(at, count) : zero;
+            const __m256i odd = i + 1 < k ? load<PART>(at + from_k, count) : zero;
+            const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                                  _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+            _mm512_storeu_si512(to + j * depth + i * kLanes, pairs);
+        };
+        // Whole rows one after the other are read the fastest, but vectors far apart fall on one set of L1.
+        constexpr int64_t kShort = 32;
+        if (depth <= kShort) {
+            for (int64_t i = 0; i < depth; i += 2)
+                for (int64_t j = 0; j < lanes; j += kLanes) put(i, j);
+        } else {
+            for (int64_t j = 0; j < lanes; j += kLanes)
+                for (int64_t i = 0; i < depth; i += 2) put(i, j);
         }
     }
 
