@@ -136,6 +136,17 @@ class OptimizedNetwork(nn.Module):
             return self.written(*args)
         return plan(args[0])
 
+    # the network may have state, hooks or formats of its own
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        return self.written.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        return self.written.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.written._load_from_state_dict(*args, **kwargs)
+
     def explain(self, *args, **kwargs) -> Explanation:
         """What a call with these arguments runs: :func:`dcd_kernels.explain`."""
         if len(args) != 1 or kwargs or not _is_served(args[0]):

@@ -176,6 +176,50 @@ def test_load_state_dict(make):
         optimised.load_state_dict({"nothing": torch.zeros(1)})
 
 
+class _Stateful(nn.Sequential):
+    """With a state beside its tensors, a hook, and an older format of its keys."""
+
+    def __init__(self):
+        super().__init__(conv(3, 8), nn.ReLU())
+        self.epoch = 3
+        self.register_state_dict_post_hook(_with_a_note)
+
+    def get_extra_state(self):
+        return {"epoch": self.epoch}
+
+    def set_extra_state(self, state):
+        self.epoch = state["epoch"]
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        if prefix + "old" in state:
+            state[prefix + "0.weight"] = state.pop(prefix + "old")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def _with_a_note(module, state, prefix, metadata):
+    metadata["note"] = module.epoch
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in another module"])
+def test_state_of_the_network_s_own(inside):
+    network = _Stateful().eval()
+    optimised = dcd_kernels.optimize_for_inference(network)
+    holder = nn.ModuleList([optimised]) if inside else optimised
+    prefix = "0." if inside else ""
+    state = holder.state_dict()
+    assert list(state) == [prefix + key for key in network.state_dict()]
+    assert state[prefix + "_extra_state"] == {"epoch": 3}
+    assert inside or state._metadata[""]["note"] == 3
+    x = image(1, 3, 8, 8)
+    optimised(x)
+    weight = torch.randn_like(state.pop(prefix + "0.weight"))
+    state |= {prefix + "old": weight, prefix + "_extra_state": {"epoch": 5}}
+    holder.load_state_dict(state)
+    assert optimised.written.epoch == 5 and network.epoch == 3
+    assert torch.equal(optimised.get_submodule("0").weight, weight)
+    assert_follows(optimised, x)
+
+
 def test_moved_and_back():
     optimised = dcd_kernels.optimize_for_inference(mobilenet())
     x = image(2, 3, 32, 33)
