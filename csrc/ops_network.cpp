@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "network.h"
+#include "network_checks.h"
 #include "tensors.h"
 
 namespace dcd {
@@ -21,6 +22,7 @@ NetworkProgram decode(const Tensor& program) {
     decoded.value_count = numbers[0], decoded.step_count = numbers[1], decoded.slot_count = numbers[2];
     STD_TORCH_CHECK(
         decoded.value_count >= 0 && decoded.step_count >= 0 && decoded.slot_count >= 0 &&
+            decoded.value_count <= program.size(0) && decoded.step_count <= program.size(0) &&
             program.size(0) == kHeader + decoded.value_count * kValueSize + decoded.step_count * kStepSize,
         "program must have ", kHeader, " numbers, then ", kValueSize, " a value and ", kStepSize,
         " a step, got ", program.size(0), " for ", decoded.value_count, " values and ", decoded.step_count,
@@ -96,16 +98,21 @@ std::vector<NetworkPlace> sizes_of_values(const NetworkProgram& program,
 // Slots one behind the other; a slot is as large as the largest value in it.
 void place(NetworkCall& call, std::vector<NetworkPlace>& places) {
     constexpr int64_t kLine = 16;
+    constexpr double kMost = 1e15;  // what no machine has, and 64 bits hold
+    double all = 0;
     const NetworkProgram& program = call.program;
     const int64_t samples = (call.batch + call.shares - 1) / call.shares;
     std::vector<int64_t> slots(static_cast<size_t>(program.slot_count), 0);
     for (int64_t v = 0; v < program.value_count; ++v) {
         const NetworkValue& value = program.values[v];
         NetworkPlace& place = places[static_cast<size_t>(v)];
-        place.sample = planes_of(value.channels) * kBlock * (place.height + 2 * value.halo_h) *
-                       (place.width + 2 * value.halo_w);
-        STD_TORCH_CHECK(value.slot < program.slot_count, "program refers to slot ", value.slot, " of ",
-                        program.slot_count);
+        const int64_t channels = planes_of(value.channels) * kBlock, rows = place.height + 2 * value.halo_h,
+                      columns = place.width + 2 * value.halo_w;
+        all += static_cast<double>(channels) * static_cast<double>(rows) * static_cast<double>(columns) *
+               static_cast<double>(samples);
+        STD_TORCH_CHECK(all < kMost, "inputs are too large: a batch of ", call.batch, ", and a value of ",
+                        value.channels, " x ", rows, " x ", columns);
+        place.sample = channels * rows * columns;
         if (value.slot < 0) continue;
         int64_t& size = slots[static_cast<size_t>(value.slot)];
         size = std::max(size, place.sample * (value.shared ? 1 : samples));
@@ -144,12 +151,14 @@ std::vector<Tensor> network(std::vector<Tensor> inputs,  // each [N, C, H, W] or
         tensors.push_back(
             tensor_of(input, const_cast<float*>(static_cast<const float*>(input.const_data_ptr()))));
     }
+    NetworkChecks(call.program, constants.numel()).run();
     std::vector<NetworkPlace> places = sizes_of_values(call.program, tensors);
     call.constants = static_cast<const float*>(constants.const_data_ptr());
     call.constant_count = constants.numel();
     call.batch = inputs[0].size(0);
     const Runtime runtime = torch_runtime();
     call.shares = std::max<int64_t>(1, call.batch >= runtime.threads ? runtime.threads : 1);
+    place(call, places);
     const bool channels_last = inputs[0].dim() == 4 && is_channels_last(inputs[0]);
     std::vector<Tensor> outputs;
     for (int64_t i = 0; i < call.program.step_count; ++i) {
@@ -164,7 +173,6 @@ std::vector<Tensor> network(std::vector<Tensor> inputs,  // each [N, C, H, W] or
         results.push_back(tensor_of(outputs.back(), static_cast<float*>(outputs.back().mutable_data_ptr())));
     }
     if (call.batch == 0) return outputs;
-    place(call, places);
     call.inputs = tensors.data(), call.outputs = results.data(), call.places = places.data();
     const LaunchScope scope;
     run_network(call, runtime);

@@ -6,9 +6,11 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from dcd_kernels.interop import acceleration, layers, patch
+from dcd_kernels.interop import acceleration, patch
 from dcd_kernels.models.released.layers import ReleasedLayer
 from dcd_kernels.nn.layer import DCDLayer
+
+from .layers import is_altered
 
 ROOT = "network"
 
@@ -42,13 +44,6 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
-def _is_altered(module: nn.Module) -> bool:
-    """Whether calling ``module`` in eval mode does something else than the forward of its class."""
-    if patch.is_sequence(module):  # an accelerated container: its forward differs in training alone
-        return bool(module._forward_hooks or module._forward_pre_hooks)
-    return layers.is_altered(module)
-
-
 class Captured:
     """A network's graph; ``recipes`` are those of its modules of the released form."""
 
@@ -60,7 +55,7 @@ class Captured:
         self.opaque: dict[nn.Module, str] = {
             module: "it has hooks, or a forward of its own"
             for module in network.modules()
-            if module not in self.whole and _is_altered(module)
+            if module not in self.whole and is_altered(module)
         }
         while True:
             root = _Root(network)

@@ -178,7 +178,7 @@ def _classify_module(captured: Captured, node: fx.Node, source: torch.Size, fact
         raise Unsupported(captured.opaque[module])
     if len(node.args) != 1 or node.kwargs:
         raise Unsupported("it is called with more than an image or a vector")
-    if layers.is_altered(module) and captured.recipe(module) is None:
+    if layers.is_altered(module):
         raise Unsupported("it has hooks, or a forward of its own")
     if layers.is_identity(module) or _is_flattened(captured, node, facts.shapes[node], facts):
         return "same"

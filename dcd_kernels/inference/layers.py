@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.interop import layers as torch_layers
 from dcd_kernels.interop import patch, shortcut
-from dcd_kernels.interop.layers import is_altered, is_batch_norm
 from dcd_kernels.models.released.layers import ReleasedLayer
 from dcd_kernels.nn.conv import DCDConv2d
 from dcd_kernels.nn.layer import DCDLayer
@@ -105,6 +105,15 @@ def activation_of(module: nn.Module) -> int | None:
     return None if name is None else ACTIVATIONS[name]
 
 
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling ``module`` in eval mode does something else than the forward of its class."""
+    if patch.recipe_of(module) is None and not patch.is_sequence(module):
+        return torch_layers.is_altered(module)
+    # accelerated: its forward computes the same
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any(hooks) or bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def is_norm(module: nn.Module) -> bool:
     """A norm over channels that goes by running statistics."""
     return (
@@ -128,7 +137,7 @@ def convolution_of(module: nn.Module, recipe: patch.Recipe | None) -> Convolutio
     """
     if any(child.training for child in module.modules()):
         raise Unsupported("it is in training mode")
-    if any(is_altered(child) for child in module.modules() if patch.recipe_of(child) is None):
+    if any(map(is_altered, module.modules())):
         raise Unsupported("it has hooks, or a forward of its own")
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point() and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
@@ -334,7 +343,7 @@ def _released(layer: ReleasedParts) -> Convolution:
     else:
         raise Unsupported(f"{type(conv).__name__} has no kernel here")
     for norm in (layer.norm1, layer.norm2):
-        if norm is not None and (not is_batch_norm(norm) or norm.running_mean is None):
+        if norm is not None and (not torch_layers.is_batch_norm(norm) or norm.running_mean is None):
             raise Unsupported(f"{type(norm).__name__} takes its statistics from each image")
     latent = layer.q.weight.shape[0]
     branched = Branched(

@@ -123,19 +123,29 @@ class OptimizedNetwork(nn.Module):
             return
 
     def forward(self, *args, **kwargs):
-        if self.training or any(map(_is_training, self._modal)):
-            raise RuntimeError(
-                "OptimizedNetwork is for inference and was put into training mode, or a module in it was: "
-                "call eval(), or train the model that it was made from"
-            )
+        if self.training:
+            raise _in_training()
         if len(args) != 1 or kwargs or not _is_served(args[0]):
             return self.written(*args, **kwargs)
+        if any(map(_is_training, self._modal)):
+            raise _in_training()
         plan = self._plan
         if plan is None or not plan.is_current():
             plan = self._renew(args[0])
         if args[0].dim() != plan.rank:  # a layer of an image takes no vector, and the other way round
             return self.written(*args)
         return plan(args[0])
+
+    # the network may have state, hooks or formats of its own
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        return self.written.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        return self.written.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.written._load_from_state_dict(*args, **kwargs)
 
     def explain(self, *args, **kwargs) -> Explanation:
         """What a call with these arguments runs: :func:`dcd_kernels.explain`."""
@@ -184,6 +194,13 @@ _MODELESS = {
 
 
 _is_training = operator.attrgetter("training")
+
+
+def _in_training() -> RuntimeError:
+    return RuntimeError(
+        "OptimizedNetwork is for inference and was put into training mode, or a module in it was: call "
+        "eval(), or train the model that it was made from"
+    )
 
 
 def _has_modes(module: nn.Module) -> bool:

@@ -4,7 +4,8 @@
 To look at some four hundred tensors takes as long as a tenth of a small network does. So every way to change
 one leaves its trace in one place. Written to in place, tensors count versions, and all of them share one
 counter; another tensor in a module's ``_parameters`` or ``_buffers`` is noticed by the dictionary; and
-``tensor.data = other`` by the tensor. What is edited through ``tensor.data`` counts too: here that is a
+``tensor.data = other`` by the parameter; of buffers, which torch.compile wants to be plain tensors, the
+addresses are compared. What is edited through ``tensor.data`` counts too: here that is a
 detached alias, which shares the counter, where torch's own has one of its own. Out of reach are edits through
 NumPy.
 """
@@ -29,6 +30,7 @@ class Watch:
         self.network = network
         self.changes = 0  # but for edits in place
         self._late: list[Tensor] = []
+        self._buffers: list[Tensor] = []
         with torch.inference_mode(False):
             self.anchor = torch.empty(0)
             adopted: dict[int, Tensor] = {}
@@ -42,8 +44,12 @@ class Watch:
 
     def _adopted(self, tensor: Tensor) -> Tensor:
         """``tensor`` as one that counts its versions with all the others."""
-        kind = WatchedParameter if isinstance(tensor, nn.Parameter) else WatchedBuffer
-        own = torch.Tensor._make_subclass(kind, self.anchor.detach(), False)
+        if not isinstance(tensor, nn.Parameter):
+            own = self.anchor.detach()
+            own.data = tensor.data
+            self._buffers.append(own)
+            return own.requires_grad_(tensor.requires_grad)
+        own = torch.Tensor._make_subclass(WatchedParameter, self.anchor.detach(), False)
         _set_data(own, tensor.data)
         own.watch = self
         own.requires_grad_(tensor.requires_grad)
@@ -64,19 +70,26 @@ class Watch:
     def state(self) -> tuple:
         """What is the same as long as no weight changes."""
         late = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in self._late]
-        return self.changes, self.anchor._version, late
+        return self.changes, self.anchor._version, late, list(map(Tensor.data_ptr, self._buffers))
 
     def renew(self) -> tuple:
         """The state, with tensors that came in since the last time looked at from now on."""
-        self._late = [tensor for _, _, tensor in self.places() if getattr(tensor, "watch", None) is not self]
+        own = set(map(id, self._buffers))
+        self._late = [
+            tensor
+            for _, _, tensor in self.places()
+            if getattr(tensor, "watch", None) is not self and id(tensor) not in own
+        ]
+        # so that no other tensor gets the addresses that are compared
+        self._held = [tensor.detach() for tensor in (*self._late, *self._buffers)]
         return self.state()
 
 
 _set_data = torch.Tensor.data.__set__
 
 
-class _Watched:
-    """Of a tensor that tells its `Watch` of changes."""
+class WatchedParameter(nn.Parameter):
+    """A parameter that tells its `Watch` of changes; copies and pickles of it are nn.Parameter."""
 
     watch: Watch | None = None
 
@@ -90,10 +103,6 @@ class _Watched:
         if self.watch is not None:
             self.watch.note_change()
 
-
-class WatchedParameter(_Watched, nn.Parameter):
-    """A parameter; copies and pickles of it are nn.Parameter."""
-
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
@@ -101,20 +110,6 @@ class WatchedParameter(_Watched, nn.Parameter):
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
-
-
-class WatchedBuffer(_Watched, torch.Tensor):
-    """A buffer; copies and pickles of it are plain tensors."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    def __deepcopy__(self, memo: dict) -> Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self.detach().as_subclass(torch.Tensor).clone()
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return self.detach().as_subclass(torch.Tensor).__reduce_ex__(protocol)
 
 
 class _Store(dict):

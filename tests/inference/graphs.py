@@ -129,7 +129,7 @@ WHOLE = {
         norm(40),
         nn.ReLU(),
         BasicConv(40, 18, stride=2),
-        BottleneckConv(18, 35),
+        BottleneckConv(18, 35, 3),
     ),
     "released classifier": lambda: chain(
         conv(3, 19), nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Dropout(), Classifier(19, 7)

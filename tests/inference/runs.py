@@ -82,6 +82,16 @@ class Twin:
         self.errors: dict[str, list[float]] = {"mine": [], "plain": [], "truth": []}
         self.pieces, self.left = pieces, left
 
+    @classmethod
+    def of(cls, optimised: nn.Module) -> Twin:
+        """With a network that is optimised already, and the weights that it has now."""
+        twin = cls.__new__(cls)
+        twin.optimised, twin.network = optimised, copy.deepcopy(optimised.written).eval()
+        twin.wide = copy.deepcopy(twin.network).double()
+        twin.errors = {"mine": [], "plain": [], "truth": []}
+        twin.pieces = twin.left = None
+        return twin
+
     def written(self, input: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs of plain PyTorch, in float32 and in float64."""
         with torch.no_grad(), dcd.use_backend("reference"):
