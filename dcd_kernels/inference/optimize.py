@@ -10,6 +10,7 @@ import threading
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
 from .. import extension
 from ..backends import selection
@@ -56,8 +57,9 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model``, or a module in it, is in training mode. A call raises RuntimeError where the
-            result was put into training mode, or the input has other channels than the network.
+        ValueError: ``model``, or a module in it, is in training mode, or has parameters without a size. A
+            call raises RuntimeError where the result, or a module in it, was put into training mode, or the
+            input has other channels than the network.
 
     Source: paper, Section 5.5 (the protocol), Eq. 6 and 8, Fig. 4b (the layers).
     """
@@ -71,6 +73,9 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
             "optimize_for_inference: model must be in eval mode, whose norms can be folded; "
             f"{training} is in training mode: call model.eval() first"
         )
+    lazy = next((name for name, tensor in model.named_parameters() if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise ValueError(f"optimize_for_inference: {lazy} has no size yet: call the model once first")
     if isinstance(model, OptimizedNetwork):
         return copy.deepcopy(model)
     with torch.inference_mode(False):  # in which tensors count no versions

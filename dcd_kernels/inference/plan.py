@@ -33,7 +33,8 @@ def _on_large_pages(count: int) -> Tensor:
     size = count * 4
     if size < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(count)
-    memory = mmap.mmap(-1, size)
+    # shared memory, the default, has large pages on few systems
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel that was built without
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32, count=count)

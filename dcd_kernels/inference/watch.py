@@ -38,7 +38,7 @@ class Watch:
                 for name in _STORES:
                     store = module.__dict__[name]
                     for key, tensor in store.items():
-                        if tensor is not None and tensor.is_floating_point():
+                        if tensor is not None and _is_plain(tensor):
                             store[key] = adopted.setdefault(id(tensor), self._adopted(tensor))
                     module.__dict__[name] = _Store(store, self)
 
@@ -83,6 +83,16 @@ class Watch:
         # so that no other tensor gets the addresses that are compared
         self._held = [tensor.detach() for tensor in (*self._late, *self._buffers)]
         return self.state()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether ``tensor`` can be the data of another one; others, which no kernel reads, are looked at."""
+    return (
+        tensor.is_floating_point()
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and type(tensor) in (Tensor, nn.Parameter, nn.Buffer, WatchedParameter)
+    )
 
 
 _set_data = torch.Tensor.data.__set__

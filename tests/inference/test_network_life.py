@@ -243,6 +243,27 @@ def test_moved_and_back():
         optimised(x)
 
 
+def test_network_on_another_device():
+    """Runs as it is written there; brought to the CPU, on the kernels."""
+    network = chain(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    optimised = dcd_kernels.optimize_for_inference(network.to("meta"))
+    assert optimised(torch.empty(2, 3, 9, 9, device="meta")).shape == (2, 8, 9, 9)
+    optimised.to_empty(device="cpu")
+    optimised.get_submodule("0").reset_parameters()
+    randomise(optimised.written)
+    assert_follows(optimised, image(2, 3, 9, 9))
+    assert not dcd_kernels.report(optimised).left
+
+
+def test_lazy_layers():
+    """Their sizes are found out by a first call with an image, which is not ours to make."""
+    network = chain(nn.LazyConv2d(8, 3), nn.ReLU()).eval()
+    with pytest.raises(ValueError, match=r"0\.weight has no size yet: call the model once"):
+        dcd_kernels.optimize_for_inference(network)
+    network(image(1, 3, 9, 9))
+    assert_follows(dcd_kernels.optimize_for_inference(network), image(1, 3, 9, 9))
+
+
 def test_input_on_another_device():
     optimised = dcd_kernels.optimize_for_inference(mobilenet())
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[mM]eta|device"):

@@ -106,7 +106,9 @@ def test_released_resnet(dynamic):
 @pytest.mark.full
 @pytest.mark.parametrize("make", ["resnet18", "resnet34", "resnet50", "mobilenet_v2"])
 def test_released_networks_at_full_size(make):
-    assert_right(randomise(getattr(released, make)()), image(2, 3, 96, 80), image(1, 3, 224, 224), isas=ISAS)
+    # the statistics of random images make ResNet-50, whose latents are of three layers a block, overflow
+    network = randomise(getattr(released, make)(), channels=None if make == "resnet50" else 3)
+    assert_right(network, image(2, 3, 96, 80), image(1, 3, 224, 224), isas=ISAS)
 
 
 @pytest.mark.full
