@@ -10,6 +10,7 @@ import threading
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from .. import extension
@@ -110,7 +111,7 @@ class OptimizedNetwork(nn.Module):
         # the same parameters, buffers and children, in the same dictionaries, so that all keys are the same
         for place in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[place] = self.written.__dict__[place]
-        self._modal = tuple(module for module in self.written.modules() if _has_modes(module))
+        self._modal = _with_modes(self.written)
 
     def _make_early(self) -> None:
         """So that a report can be made, and the first call is as fast as the others."""
@@ -182,22 +183,6 @@ class OptimizedNetwork(nn.Module):
         return f"OptimizedNetwork[{type(self.written).__name__}]"
 
 
-# the commonest modules that compute the same in training mode
-_MODELESS = {
-    nn.Sequential,
-    nn.Conv2d,
-    nn.Linear,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.MaxPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.Flatten,
-    nn.Identity,
-}
-
-
 _is_training = operator.attrgetter("training")
 
 
@@ -208,8 +193,14 @@ def _in_training() -> RuntimeError:
     )
 
 
-def _has_modes(module: nn.Module) -> bool:
-    return type(module) not in _MODELESS
+def _with_modes(network: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules whose mode is looked at in every call: all would take a tenth of a small network's time.
+
+    Its children, which somebody may put into training mode by mistake, and dropouts, of which somebody may
+    want the noise.
+    """
+    dropouts = (module for module in network.modules() if isinstance(module, _DropoutNd))
+    return (*dict.fromkeys((*network.children(), *dropouts)),)
 
 
 def _is_served(input: object) -> bool:

@@ -22,7 +22,7 @@ def test_training_mode_raises():
     optimised = dcd_kernels.optimize_for_inference(network.eval())
     x = image(1, 3, 32, 32)
     expected = optimised(x)
-    for module in (optimised, optimised.features[1].conv[0][1], optimised.features[2].conv[0][0]):
+    for module in (optimised, optimised.features, optimised.classifier[0]):
         module.train()
         with pytest.raises(RuntimeError, match=r"training mode.*eval\(\)"):
             optimised(x)
