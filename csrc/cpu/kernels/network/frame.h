@@ -48,7 +48,8 @@ class Frame {
         if (first < 0) return;
         const T* next = constant(first);
         ahead.end = next + kReach;
-        if (ahead.end > call.constants + call.constant_count) ahead.end = call.constants + call.constant_count;
+        if (ahead.end > call.constants + call.constant_count)
+            ahead.end = call.constants + call.constant_count;
         if (ahead.next < next || ahead.next > ahead.end) ahead.next = next;
     }
     Ahead<T>* ahead_of_one_thread() const { return runtime.threads <= 1 ? &ahead : nullptr; }
