@@ -119,7 +119,7 @@ $(VENV)/.installed: $(VENV)/.tools $(BUILD_INPUTS)
 # Leaks are not looked for: Python and torch keep what they allocate until the process ends.
 SANITIZED := build-sanitize/lib
 SANITIZED_TESTS := tests/test_core.py tests/test_functional.py tests/test_grad.py tests/test_moments.py tests/test_property.py \
-	$(wildcard tests/test_ops_*.py)
+	$(wildcard tests/test_ops_*.py) tests/inference/test_ops_network.py tests/inference/test_network_graphs.py
 SANITIZER_RUNTIME := $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZED_RUN = LD_PRELOAD=$(SANITIZER_RUNTIME) PYTHONPATH=$(SANITIZED) UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1
