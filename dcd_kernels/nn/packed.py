@@ -66,6 +66,8 @@ def packed_for(layer: nn.Module, input: Tensor) -> PackedWeight | None:
         return None
     if not runs_packed(input) or not extension.LOADED or not _channels_innermost(layer, input):
         return None
+    if input.dtype is torch.bfloat16:  # has kernels that multiply it as it is, from plain weights
+        return None
     registered = layer._parameters
     parameters = tuple(registered.get(name) for name in _NAMES)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *parameters):

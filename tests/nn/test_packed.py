@@ -204,6 +204,10 @@ def test_double_and_half(packed_calls):
         _right(layer.double(), x.double())
         layer.bfloat16()
         outputs = [layer(x.bfloat16()) for _ in range(3)]
+        assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+        assert len(packed_calls) == 4  # bfloat16 has kernels of its own, for plain weights
+        layer.half()
+        outputs = [layer(x.half()) for _ in range(3)]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     assert len(packed_calls) == 6
 
