@@ -59,8 +59,8 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: ``model``, or a module in it, is in training mode, or has parameters without a size. A
-            call raises RuntimeError where the result, or a module in it, was put into training mode, or the
-            input has other channels than the network.
+            call raises RuntimeError where the result, one of its children or a dropout in it was put into
+            training mode, or the input has other channels than the network.
 
     Source: paper, Section 5.5 (the protocol), Eq. 6 and 8, Fig. 4b (the layers).
     """

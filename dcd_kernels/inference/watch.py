@@ -39,7 +39,9 @@ class Watch:
                     store = module.__dict__[name]
                     for key, tensor in store.items():
                         if tensor is not None and _is_plain(tensor):
-                            store[key] = adopted.setdefault(id(tensor), self._adopted(tensor))
+                            if id(tensor) not in adopted:
+                                adopted[id(tensor)] = self._adopted(tensor)
+                            store[key] = adopted[id(tensor)]
                     module.__dict__[name] = _Store(store, self)
 
     def _adopted(self, tensor: Tensor) -> Tensor:
