@@ -57,7 +57,8 @@ enum StepKind : int64_t {
     X(dilation_h) \
     X(dilation_w) \
     X(activation) /* Activation */ \
-    X(weight) /* [planes Co, taps, Ci, 16]; depthwise [planes C, taps, 16] */ \
+    X(winograd) /* 1: a 3 x 3 dense layer of stride 1 by F(2 x 2, 3 x 3), of whose weight these are the points */ \
+    X(weight) /* [planes Co, taps or kPoints, Ci, 16]; depthwise [planes C, taps, 16] */ \
     X(static_bias) /* [planes Co, 16], scaled by lam */ \
     X(bias) /* [planes Co, 16] */ \
     X(lam_channels) /* in whole planes; 0: no lam */ \
@@ -124,6 +125,9 @@ struct NetworkCall {
     const NetworkTensor* outputs;
     const NetworkPlace* places;  // of each value
 };
+
+// Products that F(2 x 2, 3 x 3) takes for a tile of 2 x 2 outputs.
+constexpr int64_t kPoints = 16;
 
 // What fits into the kernels' fixed arrays.
 constexpr int64_t kMaxTaps = 64, kMaxStemTaps = 256, kMaxKernel = 16;

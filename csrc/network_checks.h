@@ -132,8 +132,9 @@ class NetworkChecks {
     }
 
     void check_streamed(const NetworkStep& s) const {
-        STD_TORCH_CHECK((s.kind == kStem || s.kind == kDense) && s.skip == -1 && s.pooled == -1,
-                        "program: step ", step_, " cannot be streamed");
+        STD_TORCH_CHECK(
+            (s.kind == kStem || s.kind == kDense) && s.skip == -1 && s.pooled == -1 && !s.winograd,
+            "program: step ", step_, " cannot be streamed");
     }
 
     void check(const NetworkStep& s) {
@@ -208,7 +209,15 @@ class NetworkChecks {
                         " pads by ", s.padding_h, " x ", s.padding_w, ", its input has a halo of ",
                         input.halo_h, " x ", input.halo_w);
         if (s.skip != -1) read_memory("skip", s.skip, s.out_channels);
-        constant("weight", s.weight, {wide(s.out_channels), s.kernel_h, s.kernel_w, s.in_channels});
+        bound("winograd", s.winograd, 0, 1);
+        if (s.winograd) {
+            for (const int64_t size : {s.kernel_h, s.kernel_w})
+                bound("kernel of a Winograd step", size, 3, 3);
+            for (const int64_t size : {s.stride_h, s.stride_w, s.dilation_h, s.dilation_w})
+                bound("stride or dilation of a Winograd step", size, 1, 1);
+        }
+        constant("weight", s.weight,
+                 {wide(s.out_channels), s.winograd ? kPoints : s.kernel_h * s.kernel_w, s.in_channels});
         optional("static_bias", s.static_bias, s.out_channels);
         optional("bias", s.bias, s.out_channels);
         dynamic(s, s.in_channels);

@@ -21,7 +21,7 @@ from dcd_kernels.ops.branch import GATES, LAM_ACTIVATIONS
 from dcd_kernels.ops.layer import Layer as ReleasedParts
 
 from .pack import Branch, Layer, affine_of, wide
-from .program import LAYOUT, padded
+from .program import BLOCK, LAYOUT, padded
 
 
 class Unsupported(Exception):
@@ -87,6 +87,16 @@ class Convolution:
     branch: Branched | None = None
     activation: int = 0
     what: str = "static"
+
+    @property
+    def filters_minimally(self) -> bool:
+        """Whether Winograd's F(2×2, 3×3) computes the static part: by 16 products where the taps take 36."""
+        geometry = self.geometry
+        return (
+            geometry.kernel == (3, 3)
+            and geometry.stride == geometry.dilation == (1, 1)
+            and min(self.in_channels, self.out_channels) >= 2 * BLOCK
+        )
 
 
 _ACTIVATION_MODULES = {

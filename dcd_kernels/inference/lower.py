@@ -14,7 +14,7 @@ from . import layers
 from .capture import Captured
 from .classify import Facts, activation_code, is_sum, layer_of, max_pool_geometry
 from .layers import Convolution
-from .pack import Layer
+from .pack import Layer, filtered
 from .program import BLOCK, LAYOUT, Constant, Step, Value, padded
 
 # what runs for kinds of nodes whose steps have nothing more to say
@@ -198,6 +198,7 @@ class Lowering:
             input = self._value(source)
             input_scale = input.scale
             fields["input"] = input
+            fields["winograd"] = int(kind == "dense" and layer.filters_minimally)
         if chain.skip is not None:
             fields["skip"] = self._value(chain.skip)
         output = Value(layer.out_channels, kind != "linear", input_scale * max(layer.geometry.stride))
@@ -208,7 +209,7 @@ class Lowering:
             numbers = layer.read()
             for norm in chain.norms:
                 numbers = numbers.normalised(norm)
-            return _in_order(numbers, kind, layer)
+            return _in_order(numbers, step)
 
         self._constants(read, [step] if coefficients is None else [step, coefficients.made_by])
         self.values[chain.last] = output
@@ -312,6 +313,8 @@ class Lowering:
         for step in self.piece.steps:
             if step.kind not in ("dense", "stem") or step.fields.get("skip") is not None:
                 continue
+            if step.fields.get("winograd"):  # by tiles of two rows
+                continue
             output = step.fields["output"]
             found = readers.get(id(output), [])
             if len(found) == 1 and found[0].kind == "depthwise" and step.fields.get("pooled") is None:
@@ -329,9 +332,12 @@ class Lowering:
                 input.halo = tuple(map(max, input.halo, padding))
 
 
-def _in_order(numbers: Layer, kind: str, layer: Convolution) -> Layer:
-    """With the columns of W0 in the order in which ``kind`` reads them."""
-    if kind == "stem":  # channels outermost
-        taps = layer.geometry.kernel[0] * layer.geometry.kernel[1]
-        numbers.weight = numbers.weight.unflatten(1, (taps, layer.in_channels)).transpose(1, 2).flatten(1)
+def _in_order(numbers: Layer, step: Step) -> Layer:
+    """With the columns of W0 in the order in which ``step`` reads them."""
+    fields = step.fields
+    if step.kind == "stem":  # channels outermost
+        taps = fields["kernel_h"] * fields["kernel_w"]
+        numbers.weight = numbers.weight.unflatten(1, (taps, -1)).transpose(1, 2).flatten(1)
+    elif fields.get("winograd"):
+        numbers.weight = filtered(numbers.weight)
     return numbers

@@ -35,6 +35,16 @@ def planes(matrix: Tensor) -> Tensor:
     return rows_padded(matrix).unflatten(0, (-1, BLOCK)).transpose(1, 2)
 
 
+# G of F(2×2, 3×3): Lavin and Gray 2016, section 4.1
+_FILTERING = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+
+
+def filtered(weight: Tensor) -> Tensor:
+    """3×3 taps of a layer, (Co, 9·Ci), as the points G g Gᵀ of Winograd's F(2×2, 3×3), (Co, 16·Ci)."""
+    taps = weight.unflatten(1, (3, 3, -1))
+    return torch.einsum("ay,bx,oyxc->oabc", _FILTERING, _FILTERING, taps).flatten(1)
+
+
 @dataclass
 class Affine:
     """What a norm in eval mode does to a channel: factor ⊙ x + shift."""

@@ -66,7 +66,7 @@ class Dense {
             for (int64_t x = 0; x < s.kernel_w; ++x)
                 taps_[tap_count++] =
                     (y * s.dilation_h - s.padding_h) * x_.row + (x * s.dilation_w - s.padding_w) * kBlock;
-        const int64_t weight_plane = tap_count * s.in_channels * kBlock;
+        const int64_t weight_plane = (s.winograd ? kPoints : tap_count) * s.in_channels * kBlock;
         product_.weight = frame.constant(s.weight), product_.weight_plane = weight_plane;
         product_.taps = taps_, product_.tap_count = tap_count;
         product_.channels = s.in_channels, product_.input_plane = x_.plane;
@@ -92,6 +92,10 @@ class Dense {
 
     Dense(const Dense&) = delete;
     Dense& operator=(const Dense&) = delete;
+
+    // What winograd.h applies by itself; [planes L, pixels, 16].
+    const Product<T>& product() const { return product_; }
+    const T* latent() const { return latent_; }
 
     // Elements that a task needs to work on a few planes.
     static int64_t scratch_size(const NetworkStep& s, int64_t planes) {

@@ -9,6 +9,7 @@
 #include "depthwise.h"
 #include "images.h"
 #include "linear.h"
+#include "winograd.h"
 
 namespace dcd::DCD_ISA::net {
 
@@ -23,7 +24,7 @@ static void step(const Frame<typename S::Scalar>& frame, const NetworkStep& s, i
                 stem<S>(frame, s, n);
                 break;
             case kDense:
-                dense<S>(frame, s, n);
+                s.winograd ? winograd<S>(frame, s, n) : dense<S>(frame, s, n);
                 break;
             case kDepthwise:
                 depthwise<S>(frame, s, n);  // its means come with it where there is one region
