@@ -85,7 +85,11 @@ struct Tile {
                                                                int64_t pixel, const T*& w,
                                                                int64_t weight_plane, int64_t count) {
         const int64_t step = STRIDE ? STRIDE : pixel;
+        constexpr int64_t kReach = 8 * 1024 / sizeof(T);
         for (int64_t k = 0; k < count; ++k, w += kBlock) {
+#pragma GCC unroll 2
+            for (int j = 0; STRIDE == kBlock && j < PLANES; ++j)
+                __builtin_prefetch(w + j * weight_plane + kReach, 0, 3);
             V weight[ALL];
 #pragma GCC unroll 8
             for (int j = 0; j < ALL; ++j)

@@ -73,9 +73,10 @@ class Winograd {
                                 {memory + point * in.stride, nullptr, nullptr, products + point * out.stride},
                                 {}, in.tiles, 0, 1);
             }
-            for (int64_t t = t0; t < t1; ++t)
-                for (int64_t c = 0; c < count; ++c)
-                    finish(whole, plane + c, t, products + c * out.plane() + (t - t0) * kBlock, out.stride);
+            for (int64_t t = t0; t < t1; ++t) {
+                const T* at = products + (t - t0) * kBlock;
+                count == 1 ? finish<1>(whole, plane, t, at, out) : finish<PLANES>(whole, plane, t, at, out);
+            }
         }
     }
 
@@ -112,64 +113,72 @@ class Winograd {
         }
     }
 
-    // A^T m A of one tile of one plane, and what follows the convolution
-    void finish(const Product<T>& s, int64_t plane, int64_t tile, const T* points, int64_t stride) const {
+    // A^T m A of one tile of some planes, and what follows the convolution
+    template <int COUNT>
+    void finish(const Product<T>& s, int64_t plane, int64_t tile, const T* points, const Points& m) const {
+        constexpr int ALL = COUNT * VECTORS;
         const int64_t y = tile / across_ * 2, x = tile % across_ * 2;
         const int64_t height = smaller(2, to_.height - y), width = smaller(2, to_.width - x);
-        const T* latent[4];
-        for (int64_t i = 0; i < 4; ++i)
-            latent[i] =
-                dense_.latent() +
-                ((y + smaller(i / 2, height - 1)) * to_.width + x + smaller(i % 2, width - 1)) * kBlock;
-        for (int v = 0; v < VECTORS; ++v) {
-            const int64_t channel = plane * kBlock + v * W;
+        V acc[4][ALL];
+#pragma GCC unroll 4
+        for (int v = 0; v < ALL; ++v) {
+            const T* at = points + v / VECTORS * m.plane() + v % VECTORS * W;
             V rows[2][kPatch];
 #pragma GCC unroll 4
-            for (int64_t j = 0; j < kPatch; ++j) {
-                const T* m = points + j * stride + v * W;
-                const V a = S::load(m), b = S::load(m + kPatch * stride),
-                        c = S::load(m + 2 * kPatch * stride), d = S::load(m + 3 * kPatch * stride);
+            for (int64_t j = 0; j < kPatch; ++j, at += m.stride) {
+                const V a = S::load(at), b = S::load(at + kPatch * m.stride),
+                        c = S::load(at + 2 * kPatch * m.stride), d = S::load(at + 3 * kPatch * m.stride);
                 rows[0][j] = S::add(S::add(a, b), c), rows[1][j] = S::sub(S::sub(b, c), d);
             }
-            V acc[4];
 #pragma GCC unroll 2
             for (int i = 0; i < 2; ++i) {
-                acc[2 * i] = S::add(S::add(rows[i][0], rows[i][1]), rows[i][2]);
-                acc[2 * i + 1] = S::sub(S::sub(rows[i][1], rows[i][2]), rows[i][3]);
+                acc[2 * i][v] = S::add(S::add(rows[i][0], rows[i][1]), rows[i][2]);
+                acc[2 * i + 1][v] = S::sub(S::sub(rows[i][1], rows[i][2]), rows[i][3]);
             }
-            const auto each = [&acc](const auto& f) {
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) acc[i] = f(acc[i]);
-            };
-            if (s.static_bias) {
-                const V shift = S::load(s.static_bias + channel);
-                each([shift](V a) { return S::add(a, shift); });
-            }
-            if (s.lam) {
-                const V lam = S::load(s.lam + channel);
-                each([lam](V a) { return S::mul(a, lam); });
-            }
-            const T* p = s.p + plane * s.p_plane + v * W;
-            for (int64_t l = 0; l < s.latent; ++l, p += kBlock) {
-                const V column = S::load(p);
-                const int64_t at = l / kBlock * s.latent_plane + l % kBlock;
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) acc[i] = S::fma(S::set1(latent[i][at]), column, acc[i]);
-            }
-            if (s.bias) {
-                const V bias = S::load(s.bias + channel);
-                each([bias](V a) { return S::add(a, bias); });
-            }
-            for (int64_t i = 0; i < height; ++i)
-                for (int64_t j = 0; j < width; ++j) {
-                    V value = acc[2 * i + j];
-                    if (skip_.data)
-                        value = S::add(value, S::load(skip_.data + plane * skip_.plane + (y + i) * skip_.row +
-                                                      (x + j) * kBlock + v * W));
-                    S::store(to_.data + plane * to_.plane + (y + i) * to_.row + (x + j) * kBlock + v * W,
-                             activate<S>(value, s.activation));
-                }
         }
+        const auto each = [&acc](const T* numbers, const auto& f) {
+#pragma GCC unroll 4
+            for (int v = 0; v < ALL; ++v) {
+                const V number = S::load(numbers + v * W);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) acc[i][v] = f(acc[i][v], number);
+            }
+        };
+        if (s.static_bias) each(s.static_bias + plane * kBlock, [](V a, V b) { return S::add(a, b); });
+        if (s.lam) each(s.lam + plane * kBlock, [](V a, V lam) { return S::mul(a, lam); });
+        if (s.latent) {
+            const T* latent[4];
+            for (int64_t i = 0; i < 4; ++i) {  // an output that does not exist takes that of a neighbour
+                const int64_t row = y + smaller(i / 2, height - 1), column = x + smaller(i % 2, width - 1);
+                latent[i] = dense_.latent() + (row * to_.width + column) * kBlock;
+            }
+            const T* p = s.p + plane * s.p_plane;
+            for (int64_t l = 0; l < s.latent; ++l, p += kBlock) {
+                const int64_t at = l / kBlock * s.latent_plane + l % kBlock;
+                V column[ALL];
+#pragma GCC unroll 4
+                for (int v = 0; v < ALL; ++v)
+                    column[v] = S::load(p + v / VECTORS * s.p_plane + v % VECTORS * W);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    const V value = S::set1(latent[i][at]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < ALL; ++v) acc[i][v] = S::fma(value, column[v], acc[i][v]);
+                }
+            }
+        }
+        if (s.bias) each(s.bias + plane * kBlock, [](V a, V b) { return S::add(a, b); });
+        for (int64_t i = 0; i < height; ++i)
+            for (int64_t j = 0; j < width; ++j)
+                for (int v = 0; v < ALL; ++v) {
+                    const auto of = [&](const Image<T>& image) {
+                        return image.data + (plane + v / VECTORS) * image.plane + (y + i) * image.row +
+                               (x + j) * kBlock + v % VECTORS * W;
+                    };
+                    V value = acc[2 * i + j][v];
+                    if (skip_.data) value = S::add(value, S::load(of(skip_)));
+                    S::store(of(to_), activate<S>(value, s.activation));
+                }
     }
 
     const NetworkStep& step_;
@@ -182,7 +191,7 @@ template <class S>
 static void winograd(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
     using T = typename S::Scalar;
     // transformed inputs and products stay in the second-level cache
-    constexpr int64_t kBytes = 384 * 1024;
+    constexpr int64_t kBytes = 256 * 1024;
     const Winograd<S> work(frame, s, sample);
     const int64_t threads = frame.runtime.threads < 1 ? 1 : frame.runtime.threads;
     const int64_t most = kBytes / ((planes_of(s.in_channels) + TileLimits<S>::kPlanes) * kPoints * kBlock *
