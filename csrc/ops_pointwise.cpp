@@ -6,24 +6,22 @@
 namespace dcd {
 namespace {
 
-// The checked call of `pointwise` with products of bf16: of bf16 maps (T is Bfloat16), or of fp32 maps whose
-// products are split (T is float).
-template <class T>
-Tensor mixed_pointwise(const Tensor& input,      // [N, Ci, *spatial]
-                       const Tensor& weight,     // [Co, Ci]
-                       const OptionalTensor& p,  // [Co, L]
-                       const OptionalTensor& q,  // [Ci, L]
-                       const LayerArguments& arguments, const LatentShape& shape,
-                       const std::vector<int64_t>& sizes,
-                       void (*kernel)(const MixedParams<T>&, const Runtime&)) {
-    const ScalarType type = input.scalar_type();
+// The checked call of `pointwise` by a kernel for maps of `type`, which in C++ is T, that sums in S.
+template <class T, class S>
+Tensor launch(const Tensor& input,      // [N, Ci, *spatial]
+              const Tensor& weight,     // [Co, Ci]
+              const OptionalTensor& p,  // [Co, L]
+              const OptionalTensor& q,  // [Ci, L]
+              const LayerArguments& arguments, const LatentShape& shape,
+              const std::vector<int64_t>& sizes,  // of the output
+              ScalarType type, void (*kernel)(const PointwiseParams<T, S>&, const Runtime&)) {
     const bool channels_last = is_channels_last(input);
     const Tensor output = empty_map(sizes, channels_last, type);
     if (output.numel() == 0) return output;
     const Tensor x = as_map(input, channels_last, type), w = dense(weight, type);
     const OptionalTensor p_ = dense(p, type), q_ = dense(q, type);
     const LayerOperands operands(arguments, channels_last, type);
-    MixedParams<T> s{};
+    PointwiseParams<T, S> s{};
     operands.fill(s, shape, output);
     s.in_channels = input.size(1), s.input = const_map<T>(x);
     s.weight = static_cast<const T*>(w.const_data_ptr()), s.p = pointer<T>(p_), s.q = pointer<T>(q_);
@@ -63,28 +61,14 @@ Tensor pointwise(const Tensor& input,             // [N, Ci, *spatial]
     sizes[1] = out_channels;
     arguments.check(sizes);
 
-    const auto mixed = [&](auto kernel) {
-        return mixed_pointwise(input, weight, p, q, arguments, shape, sizes, kernel);
+    const auto run = [&](ScalarType type, auto kernel) {
+        return launch(input, weight, p, q, arguments, shape, sizes, type, kernel);
     };
-    if (input.scalar_type() == ScalarType::BFloat16) return mixed(mixed_kernels().half);
-    if (input.scalar_type() == ScalarType::Float && splits_float32()) return mixed(mixed_kernels().single);
-
-    const ScalarType type = compute_type(input);
-    const bool channels_last = is_channels_last(input);
-    const Tensor output = empty_map(sizes, channels_last, type);
-    if (output.numel() == 0) return in_type(output, input.scalar_type());
-    const Tensor x = as_map(input, channels_last, type), w = dense(weight, type);
-    const OptionalTensor p_ = dense(p, type), q_ = dense(q, type);
-    const LayerOperands operands(arguments, channels_last, type);
-    with_type(type, [&](auto zero) {
-        using T = decltype(zero);
-        PointwiseParams<T> s{};
-        operands.fill(s, shape, output);
-        s.in_channels = in_channels, s.input = const_map<T>(x);
-        s.weight = static_cast<const T*>(w.const_data_ptr()), s.p = pointer<T>(p_), s.q = pointer<T>(q_);
-        kernels<T>().pointwise(s, torch_runtime());
-    });
-    return in_type(output, input.scalar_type());
+    const ScalarType type = input.scalar_type();
+    if (type == ScalarType::Double) return run(type, kernels<double>().pointwise);
+    if (type == ScalarType::BFloat16) return run(type, mixed_kernels().half);
+    if (type == ScalarType::Float && splits_float32()) return run(type, mixed_kernels().single);
+    return in_type(run(ScalarType::Float, kernels<float>().pointwise), type);
 }
 
 // Given G = dy behind the activation; bit i of `needs` asks for return i.
