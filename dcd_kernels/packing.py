@@ -132,18 +132,7 @@ def runs_packed(input: Tensor) -> bool:
     )
 
 
-def check(
-    caller: str,
-    packed: PackedWeight,
-    input: Tensor,
-    batch_first: tuple[int, ...],
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-) -> None:
+def check(caller, input, packed, batch_first, p, phi, q, lam, bias, activation) -> None:
     """Check what a call with packed weights shares with every other; ``batch_first`` is (N, Ci).
 
     Raises:
@@ -183,21 +172,7 @@ def check(
 
 
 def check_conv(
-    spatial: int,
-    packed: PackedWeight,
-    input: Tensor,
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    r: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride,
-    padding,
-    dilation,
-    groups: int,
-    activation: str | None,
+    spatial, input, packed, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
 ) -> Geometry | None:
     """Check a convolution with packed weights; ``None`` where every pixel of the input is one of the output.
 
@@ -215,7 +190,7 @@ def check_conv(
         raise ValueError(
             f"{caller}: r must be None and groups 1 beside a PackedWeight, a dense pointwise layer"
         )
-    check(caller, packed, input, input.shape[:2], p, phi, q, lam, bias, activation)
+    check(caller, input, packed, input.shape[:2], p, phi, q, lam, bias, activation)
     if input.numel() == 0:
         checks._extent(caller, input, packed.data, 1)
     ones, zeros = (1,) * spatial, (0,) * spatial
@@ -229,17 +204,7 @@ def check_conv(
     return where
 
 
-def check_linear(
-    packed: PackedWeight,
-    input: Tensor,
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-) -> None:
+def check_linear(input, packed, p, phi, q, lam, bias, residual, activation) -> None:
     """Check a linear call with packed weights.
 
     Raises:
@@ -252,7 +217,7 @@ def check_linear(
             f"{caller}: input must be batched, (batch, …, in_channels) with at least 2 dimensions, got "
             f"{geometry.show(input.shape)}"
         )
-    check(caller, packed, input, (input.shape[0], input.shape[-1]), p, phi, q, lam, bias, activation)
+    check(caller, input, packed, (input.shape[0], input.shape[-1]), p, phi, q, lam, bias, activation)
     if residual is not None:
         wanted = (*input.shape[:-1], packed.out_channels)
         checks._residual(caller, residual, wanted, input.dtype, input.device)
