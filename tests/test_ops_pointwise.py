@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The compiled pointwise op: values, layouts, instruction sets, special values, the dispatcher's contract."""
+"""The compiled pointwise op: values, layouts, instruction sets, special values, the dispatcher's contract.
+
+What it computes, it computes on packed weights as well; test_ops_packed.py has what is theirs alone.
+"""
+
+from dataclasses import replace
 
 import op_checks
 import pytest
@@ -42,17 +47,28 @@ EACH_ACTIVATION = [
     Case("pointwise", 2, 18, 35, 5, (9, 6), name, bias="shared")
     for name in (None, "relu", "relu6", "silu", "hardswish")
 ]
+# the same on packed weights, which are dense
+PACKED = [
+    *(replace(case, packed=True) for case in CASES if case.blocks == 1),
+    # more than one piece of k, rows a page apart, three panels and a part of one, samples that share a tile
+    Case("pointwise", 5, 700, 55, 17, (7, 7), "relu6", bias="sample", residual=True, packed=True),
+    Case("pointwise", 3, 1024, 40, 4, (5, 3), bias="shared", packed=True),
+    Case("pointwise", 2, 16, 144, 4, (40, 20), "relu", residual=True, packed=True),
+    Case("pointwise", 1, 400, 300, 8, (20, 10), lam=False, packed=True),
+]
+EACH_ACTIVATION_PACKED = [replace(case, packed=True) for case in EACH_ACTIVATION]
+either = pytest.mark.parametrize("packed", (False, True), ids=("plain", "packed"))
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES + EACH_ACTIVATION, ids=str)
+@pytest.mark.parametrize("case", CASES + EACH_ACTIVATION + PACKED + EACH_ACTIVATION_PACKED, ids=str)
 def test_values(case, layout, isa):
     op_checks.values(case, torch.float32, layout, isa)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + PACKED, ids=str)
 def test_values_float64(case, layout):
     op_checks.values(case, torch.float64, layout, ISAS[0])
 
@@ -60,7 +76,7 @@ def test_values_float64(case, layout):
 @pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES[1:5] + CASES[9:12], ids=str)
+@pytest.mark.parametrize("case", CASES[1:5] + CASES[9:12] + PACKED[1:4], ids=str)
 def test_values_half(case, dtype, layout, wide):
     op_checks.values(case, dtype, layout, ISAS[-1], wide=wide)
 
@@ -68,12 +84,15 @@ def test_values_half(case, dtype, layout, wide):
 @pytest.mark.full
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pixels", (1, 2, 7, 8, 15, 16, 17, 47, 48, 49, 50, 96, 97, 196, 400))
-@pytest.mark.parametrize("channels", ((1, 1), (3, 8), (8, 9), (16, 15), (31, 16), (33, 65), (130, 7)))
-def test_values_at_every_tile_edge(channels, pixels, layout, isa):
+@pytest.mark.parametrize("pixels", (1, 2, 7, 8, 13, 15, 16, 17, 29, 47, 48, 49, 50, 96, 97, 196, 400))
+@pytest.mark.parametrize(
+    "channels", ((1, 1), (3, 8), (8, 9), (16, 15), (31, 16), (33, 65), (130, 7), (340, 40))
+)
+@either
+def test_values_at_every_tile_edge(packed, channels, pixels, layout, isa):
     for latent in (1, 2, 4, 7, 8, 17):
         case = Case("pointwise", 2, *channels, latent, (pixels,), "relu", bias="shared", residual=True)
-        op_checks.values(case, torch.float32, layout, isa)
+        op_checks.values(replace(case, packed=packed), torch.float32, layout, isa)
 
 
 @pytest.mark.full
@@ -112,9 +131,10 @@ def test_same_inputs_same_bits(layout, isa, count):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_nan_and_infinity(layout, isa):
-    op_checks.propagation_through_residual(CASES[13], layout, isa)
-    for case in (WHOLE, TILED):
+@either
+def test_nan_and_infinity(packed, layout, isa):
+    op_checks.propagation_through_residual(replace(CASES[13], packed=packed), layout, isa)
+    for case in (replace(WHOLE, packed=packed), replace(TILED, packed=packed)):
         op_checks.infinity_is_not_lost(case, layout, isa)
         for place in range(6):
             op_checks.nan_stays_in_its_pixels(case, layout, isa, place)
@@ -122,9 +142,10 @@ def test_nan_and_infinity(layout, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_denormals(layout, isa):
-    for case in (WHOLE, CASES[11], CASES[13]):
-        op_checks.denormals(case, layout, isa)
+@either
+def test_denormals(packed, layout, isa):
+    for case in (WHOLE, TILED, CASES[11], CASES[13]):
+        op_checks.denormals(replace(case, packed=packed), layout, isa)
 
 
 @pytest.mark.parametrize("shape", ((0, 13, 3, 7), (2, 13, 0, 7)))
