@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The compiled pointwise op: values, layouts, instruction sets, special values, the dispatcher's contract.
+"""The compiled pointwise op, on packed weights too: cases, and what test_ops.py does not ask of every op.
 
-What it computes, it computes on packed weights as well; test_ops_packed.py has what is theirs alone.
+test_ops_packed.py has what is of packed weights alone.
 """
 
 from dataclasses import replace
@@ -10,7 +10,6 @@ import op_checks
 import pytest
 import torch
 from operands import (
-    HALF,
     ISAS,
     LAYOUTS,
     Case,
@@ -57,28 +56,10 @@ PACKED = [
     Case("pointwise", 1, 400, 300, 8, (20, 10), lam=False, packed=True),
 ]
 EACH_ACTIVATION_PACKED = [replace(case, packed=True) for case in EACH_ACTIVATION]
+IN_HALF = CASES[1:5] + CASES[9:12] + PACKED[1:4]
+DENORMAL = [TILED, CASES[11], CASES[13]]
+DENORMAL += [replace(case, packed=True) for case in (WHOLE, *DENORMAL)]
 either = pytest.mark.parametrize("packed", (False, True), ids=("plain", "packed"))
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES + EACH_ACTIVATION + PACKED + EACH_ACTIVATION_PACKED, ids=str)
-def test_values(case, layout, isa):
-    op_checks.values(case, torch.float32, layout, isa)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES + PACKED, ids=str)
-def test_values_float64(case, layout):
-    op_checks.values(case, torch.float64, layout, ISAS[0])
-
-
-@pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES[1:5] + CASES[9:12] + PACKED[1:4], ids=str)
-def test_values_half(case, dtype, layout, wide):
-    op_checks.values(case, dtype, layout, ISAS[-1], wide=wide)
 
 
 @pytest.mark.full
@@ -102,16 +83,6 @@ def test_values_of_a_large_layer(layout, isa):
     op_checks.values(BIG, torch.float32, layout, isa)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_mixed_layouts_of_input_and_residual(isa):
-    case = CASES[13]
-    for own, other in (("contiguous", "channels_last"), ("channels_last", "sliced")):
-        tensors = operands(case, layout=own)
-        expected = call(case, tensors)
-        tensors[-1] = operands(case, layout=other)[-1]
-        assert torch.equal(call(case, tensors), expected)
-
-
 def test_expanded_operands():
     tensors = operands(WHOLE)
     tensors[5] = tensors[5][:1].expand(2, -1)
@@ -119,14 +90,6 @@ def test_expanded_operands():
     tensors[0] = tensors[0][:, :, :, :1].expand(-1, -1, -1, 7)
     dense = [t.contiguous() for t in tensors]
     assert torch.equal(call(WHOLE, tensors), call(WHOLE, dense))
-
-
-@pytest.mark.parametrize("count", (1, 2))
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_same_inputs_same_bits(layout, isa, count):
-    for case in (CASES[11], CASES[13]):
-        op_checks.same_bits(case, layout, isa, count)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -140,14 +103,6 @@ def test_nan_and_infinity(packed, layout, isa):
             op_checks.nan_stays_in_its_pixels(case, layout, isa, place)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-@either
-def test_denormals(packed, layout, isa):
-    for case in (WHOLE, TILED, CASES[11], CASES[13]):
-        op_checks.denormals(replace(case, packed=packed), layout, isa)
-
-
 @pytest.mark.parametrize("shape", ((0, 13, 3, 7), (2, 13, 0, 7)))
 def test_empty(shape):
     tensors = operands(WHOLE)
@@ -156,25 +111,6 @@ def test_empty(shape):
         tensors[place] = tensors[place][: shape[0]]
     tensors[7] = torch.empty(shape[0], 21, *shape[2:])
     assert call(WHOLE, tensors).shape == (shape[0], 21, *shape[2:])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", (CASES[2], CASES[7], CASES[9]), ids=str)
-def test_opcheck(case, layout):
-    op_checks.opcheck(case, torch.float32, layout)
-
-
-@pytest.mark.parametrize("wide", (False, True))
-def test_opcheck_half(wide):
-    op_checks.opcheck(WHOLE, torch.bfloat16, "channels_last", wide=wide)
-    op_checks.opcheck_backward(WHOLE, torch.bfloat16, "channels_last", 0b111111, wide=wide)
-
-
-@pytest.mark.parametrize("needs", (0b111111, 0b000001, 0b101010, 0))
-@pytest.mark.parametrize("case", (WHOLE, CASES[7], CASES[9]), ids=str)
-def test_opcheck_backward(case, needs):
-    for layout in LAYOUTS[:2]:
-        op_checks.opcheck_backward(case, torch.float32, layout, needs)
 
 
 @pytest.mark.parametrize(
