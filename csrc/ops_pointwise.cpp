@@ -6,6 +6,23 @@
 namespace dcd {
 namespace {
 
+LatentShape check_shapes(const Tensor& input,        // [N, Ci, *spatial]
+                         const Tensor& weight,       // [Co, Ci]
+                         const OptionalTensor& p,    // [Co, L]
+                         const OptionalTensor& phi,  // [N, L, L] or [N, B, L, L]
+                         const OptionalTensor& q)    // [Ci, L]
+{
+    check_rank(input, "input", 3, false);
+    check_rank(weight, "weight", 2, true);
+    const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
+    check_sizes(weight, "weight", {out_channels, in_channels});
+    const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
+    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0,
+                    "input and weight must have at least one channel, got ", in_channels, " and ",
+                    out_channels);
+    return shape;
+}
+
 // The checked call of `pointwise` by a kernel for maps of `type`, which in C++ is T, that sums in S.
 template <class T, class S>
 Tensor launch(const Tensor& input,      // [N, Ci, *spatial]
@@ -40,14 +57,7 @@ Tensor pointwise(const Tensor& input,             // [N, Ci, *spatial]
                  const OptionalTensor& bias,      // [Co] or [N, Co]
                  const OptionalTensor& residual,  // [N, Co, *spatial]
                  int64_t activation) {
-    check_rank(input, "input", 3, false);
-    check_rank(weight, "weight", 2, true);
-    const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
-    check_sizes(weight, "weight", {out_channels, in_channels});
-    const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0,
-                    "input and weight must have at least one channel, got ", in_channels, " and ",
-                    out_channels);
+    const LatentShape shape = check_shapes(input, weight, p, phi, q);
     check_operands(input, "input",
                    {{"weight", weight},
                     {"p", p},
@@ -58,7 +68,7 @@ Tensor pointwise(const Tensor& input,             // [N, Ci, *spatial]
                     {"residual", residual}});
     const LayerArguments arguments{phi, lam, bias, residual, activation};
     std::vector<int64_t> sizes = sizes_of(input);
-    sizes[1] = out_channels;
+    sizes[1] = weight.size(0);
     arguments.check(sizes);
 
     const auto run = [&](ScalarType type, auto kernel) {
@@ -80,14 +90,7 @@ SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
                               const OptionalTensor& q,    // [Ci, L]
                               const OptionalTensor& lam,  // [N, Co]
                               int64_t needs) {
-    check_rank(input, "input", 3, false);
-    check_rank(weight, "weight", 2, true);
-    const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
-    check_sizes(weight, "weight", {out_channels, in_channels});
-    const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0,
-                    "input and weight must have at least one channel, got ", in_channels, " and ",
-                    out_channels);
+    const LatentShape shape = check_shapes(input, weight, p, phi, q);
     check_operands(input, "input",
                    {{"grad", grad, true},
                     {"weight", weight},
@@ -95,9 +98,9 @@ SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
                     {"phi", phi, true},
                     {"q", q},
                     {"lam", lam, true}});
-    check_lam(lam, batch, out_channels);
+    check_lam(lam, input.size(0), weight.size(0));
     std::vector<int64_t> sizes = sizes_of(input);
-    sizes[1] = out_channels;
+    sizes[1] = weight.size(0);
     check_like(grad, "grad", sizes);
 
     const ScalarType type = compute_type(input);
@@ -114,7 +117,7 @@ SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
             PointwiseGradParams<T> s{};
-            s.batch = batch, s.in_channels = in_channels, s.out_channels = out_channels,
+            s.batch = input.size(0), s.in_channels = input.size(1), s.out_channels = weight.size(0);
             s.pixels = pixels_of(input);
             s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
             s.grad = const_map<T>(g), s.input = const_map<T>(x);
