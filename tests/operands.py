@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 import oracle
-import pytest
 import torch
 from cases import SEED, as_array, in_layout
 from torch import Tensor
@@ -256,11 +255,3 @@ def threads(count: int):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Elements that a kernel does not write come out as NaN. Active in every module that imports it."""
-    torch.ops.dcd_kernels._poison(True)
-    yield
-    torch.ops.dcd_kernels._poison(False)

@@ -19,7 +19,6 @@ from operands import (
     label,
     operands,
     plain,
-    poisoned_outputs,  # noqa: F401
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

@@ -11,7 +11,6 @@ from operands import (
     Case,
     call,
     operands,
-    poisoned_outputs,  # noqa: F401
 )
 
 CASES = [

@@ -16,7 +16,6 @@ from operands import (
     call,
     label,
     operands,
-    poisoned_outputs,  # noqa: F401
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend

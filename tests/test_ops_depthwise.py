@@ -13,7 +13,6 @@ from operands import (
     call,
     instruction_set,
     operands,
-    poisoned_outputs,  # noqa: F401
 )
 
 

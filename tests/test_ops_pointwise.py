@@ -15,7 +15,6 @@ from operands import (
     Case,
     call,
     operands,
-    poisoned_outputs,  # noqa: F401
 )
 
 CASES = [

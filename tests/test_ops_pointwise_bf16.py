@@ -21,7 +21,6 @@ from operands import (
     call,
     operands,
     plain,
-    poisoned_outputs,  # noqa: F401
     truth,
 )
 
