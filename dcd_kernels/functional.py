@@ -265,21 +265,25 @@ def latent_moments(input: Tensor, q: Tensor, *, stride=1, offset=0) -> tuple[Ten
     return ops.latent_moments(pixels, q)
 
 
-def _conv(*call) -> Tensor:
-    """A convolution by the arguments of `checks.conv`; weights may be packed."""
-    spatial, input, weight, p, phi, q, r, lam, bias, residual, _, _, _, groups, activation = call
-    if type(weight) is PackedWeight:
-        where = packing.check_conv(*call)
+def _conv(
+    rank, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+) -> Tensor:
+    """A convolution with ``rank`` spatial dimensions; weights may be packed."""
+    is_packed = type(weight) is PackedWeight
+    check = packing.check_conv if is_packed else checks.conv
+    # by name, not as a tuple, which would cost a hundredth of a small call
+    plan = check(
+        rank, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+    )
+    if is_packed:
         if packing.runs_packed(input):
-            if where is not None:
+            if plan is not None:
+                where = plan.geometry
                 input = geometry.sample(input, where.stride, where.centre, where.output)
             return ops.pointwise_packed(input, weight, phi, lam, bias, residual, _CODES[activation])
         # any other backend than the CPU's gets the plain tensors
         weight, p, q = weight.unpack()
-        weight = weight.unflatten(1, (-1,) + (1,) * spatial)
-        plan = None if where is None else checks.Plan("pointwise", where)
-    else:
-        plan = checks.conv(*call)
+        weight = weight.unflatten(1, (-1,) + (1,) * rank)
     if plan is None:
         if selection.select("pointwise", input, weight, p, phi, q, lam) != "reference":
             code = _CODES[activation]

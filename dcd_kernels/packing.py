@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from . import checks, extension, geometry
 from .backends import selection
-
-if TYPE_CHECKING:
-    from .geometry import Geometry
 
 PANEL = 16  # lanes of a panel, csrc/cpu/packed.h
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -173,8 +168,8 @@ def check(caller, input, packed, batch_first, p, phi, q, lam, bias, activation) 
 
 def check_conv(
     spatial, input, packed, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
-) -> Geometry | None:
-    """Check a convolution with packed weights; ``None`` where every pixel of the input is one of the output.
+) -> checks.Plan | None:
+    """Check a convolution with packed weights, as `checks.conv`.
 
     Raises:
         TypeError, ValueError: as :func:`check`; rank, r or groups beside packed weights, geometry.
@@ -201,7 +196,7 @@ def check_conv(
         size = input.shape[2:] if where is None else where.output
         wanted = (input.shape[0], packed.out_channels, *size)
         checks._residual(caller, residual, wanted, input.dtype, input.device)
-    return where
+    return None if where is None else checks.Plan("pointwise", where)
 
 
 def check_linear(input, packed, p, phi, q, lam, bias, residual, activation) -> None:
