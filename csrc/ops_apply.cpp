@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // dcd_kernels::apply and its gradient: checks, allocation, launch.
-#include "tensors.h"
+#include "layer_operands.h"
 
 namespace dcd {
 namespace {
@@ -19,7 +19,6 @@ LatentShape check_apply(const Tensor& fixed, const Tensor& input, const Optional
         sizes[1] = input.size(1);
         check_like(input, "input", sizes);
     }
-    check_lam(lam, fixed.size(0), fixed.size(1));
     return check_latent(p, phi, q, fixed.size(0), input.size(1), fixed.size(1), true);
 }
 
@@ -34,11 +33,9 @@ Tensor apply(const Tensor& fixed,             // [N, Co, *spatial], the static o
              const OptionalTensor& residual,  // [N, Co, *spatial]
              int64_t activation) {
     const LatentShape shape = check_apply(fixed, input, p, phi, q, lam);
-    check_activation(activation);
     check_operands(fixed, "static", {{"bias", bias, true}, {"residual", residual}});
-    const int64_t out_channels = fixed.size(1);
-    check_bias(bias, fixed.size(0), out_channels);
-    if (residual) check_like(*residual, "residual", sizes_of(fixed));
+    const LayerArguments arguments{phi, lam, bias, residual, activation};
+    arguments.check(sizes_of(fixed));
 
     const ScalarType type = compute_type(fixed);
     const bool channels_last = is_channels_last(fixed);
@@ -46,23 +43,14 @@ Tensor apply(const Tensor& fixed,             // [N, Co, *spatial], the static o
     if (output.numel() == 0) return in_type(output, fixed.scalar_type());
     const Tensor r = as_map(fixed, channels_last, type);
     const Tensor x = shape.latent ? as_map(input, channels_last, type) : r;
-    const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type),
-                         lam_ = dense(lam, type);
-    const OptionalTensor bias_ = dense(bias, type);
-    const OptionalTensor residual_ =
-        residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
+    const OptionalTensor p_ = dense(p, type), q_ = dense(q, type);
+    const LayerOperands operands(arguments, channels_last, type);
     with_type(type, [&](auto zero) {
         using T = decltype(zero);
         ApplyParams<T> s{};
-        s.batch = fixed.size(0), s.in_channels = input.size(1), s.out_channels = out_channels;
-        s.pixels = pixels_of(fixed);
-        s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
-        s.fixed = const_map<T>(r), s.input = const_map<T>(x);
-        s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
-        s.bias = pointer<T>(bias_), s.bias_sample = bias && bias->dim() == 2 ? out_channels : 0;
-        if (residual_) s.residual = const_map<T>(*residual_);
-        s.output = mutable_map<T>(output);
-        s.activation = static_cast<int>(activation);
+        operands.fill(s, shape, output);
+        s.in_channels = input.size(1), s.fixed = const_map<T>(r), s.input = const_map<T>(x);
+        s.p = pointer<T>(p_), s.q = pointer<T>(q_);
         kernels<T>().apply(s, torch_runtime());
     });
     return in_type(output, fixed.scalar_type());
@@ -78,6 +66,7 @@ SixTensors apply_backward(const Tensor& grad,         // [N, Co, *spatial]
                           const OptionalTensor& lam,  // [N, Co]
                           int64_t needs) {
     const LatentShape shape = check_apply(fixed, input, p, phi, q, lam);
+    check_lam(lam, fixed.size(0), fixed.size(1));
     check_operands(fixed, "static", {{"grad", grad, true}});
     check_like(grad, "grad", sizes_of(fixed));
 

@@ -1,18 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // dcd_kernels::latent_map and its gradient: checks, allocation, launch.
-#include "tensors.h"
+#include "latent_norm.h"
 
 namespace dcd {
 namespace {
-
-// A norm as it arrives: its code, and what goes with it.
-struct NormArguments {
-    int which;  // 1 or 2, as the arguments are numbered
-    int64_t statistics, groups;
-    double eps;
-    const OptionalTensor &weight, &bias, &running_mean, &running_var;
-    bool takes_moments() const { return statistics == kBatchStatistics || statistics == kGroupStatistics; }
-};
 
 void check_vector(const char* name, int which, const OptionalTensor& tensor, int64_t latent) {
     if (!tensor) return;
@@ -79,33 +70,12 @@ void check(const Tensor& phi, const OptionalTensor& mean, const OptionalTensor& 
     check_vector("latent_bias", 0, latent_bias, latent);
 }
 
-// A norm in the type that is computed in; the tensors live as long as this.
-struct DenseNorm {
-    OptionalTensor weight, bias, running_mean, running_var;
-    DenseNorm(const NormArguments& norm, ScalarType type)
-        : weight(dense(norm.weight, type)),
-          bias(dense(norm.bias, type)),
-          running_mean(dense(norm.running_mean, type)),
-          running_var(dense(norm.running_var, type)) {}
-    template <class T>
-    LatentNorm<T> pointers(const NormArguments& norm) const {
-        return {static_cast<int>(norm.statistics),
-                norm.groups,
-                norm.eps,
-                pointer<T>(weight),
-                pointer<T>(bias),
-                pointer<T>(running_mean),
-                pointer<T>(running_var)};
-    }
-};
-
 // What forward and backward read, contiguous.
 struct DenseArguments {
     const Tensor phi;
     const bool uses_moments;
     const OptionalTensor mean, covariance, latent_bias;
-    const NormArguments &first, &second;
-    const DenseNorm first_dense, second_dense;
+    const DenseNorm first, second;
     const bool residual;
 
     DenseArguments(const Tensor& phi_, const OptionalTensor& mean_, const OptionalTensor& covariance_,
@@ -116,10 +86,8 @@ struct DenseArguments {
           mean(uses_moments ? dense(mean_, phi_.scalar_type()) : std::nullopt),
           covariance(uses_moments ? dense(covariance_, phi_.scalar_type()) : std::nullopt),
           latent_bias(dense(latent_bias_, phi_.scalar_type())),
-          first(first_),
-          second(second_),
-          first_dense(first_, phi_.scalar_type()),
-          second_dense(second_, phi_.scalar_type()),
+          first(first_, phi_.scalar_type()),
+          second(second_, phi_.scalar_type()),
           residual(residual_) {}
 
     template <class T>
@@ -127,7 +95,7 @@ struct DenseArguments {
         LatentMapParams<T> s{};
         s.batch = phi.size(0), s.latent = phi.size(1);
         s.phi = pointer<T>(phi), s.mean = pointer<T>(mean), s.covariance = pointer<T>(covariance);
-        s.norms[0] = first_dense.pointers<T>(first), s.norms[1] = second_dense.pointers<T>(second);
+        s.norms[0] = first.pointers<T>(), s.norms[1] = second.pointers<T>();
         s.latent_bias = pointer<T>(latent_bias), s.residual = residual;
         return s;
     }

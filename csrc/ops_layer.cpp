@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "branch_checks.h"
-#include "tensors.h"
+#include "latent_norm.h"
 
 namespace dcd {
 namespace {
@@ -55,40 +55,17 @@ void sum_biases(const T* p, const T* p_bias, const T* shift, const T* lam, const
 }
 
 // A norm by running statistics, or none where there are no statistics.
-struct Norm {
-    int which;
-    double eps;
-    const OptionalTensor &weight, &bias, &mean, &variance;
-
-    void check(int64_t latent) const {
-        STD_TORCH_CHECK(mean.has_value() == variance.has_value(), "running_mean", which, " and running_var",
-                        which, " go together: give both or neither");
-        for (const OptionalTensor* tensor : {&weight, &bias, &mean, &variance}) {
-            STD_TORCH_CHECK(!*tensor || (mean && (*tensor)->is_cpu()), "weight", which, " and bias", which,
-                            " need a norm, running_mean", which, ", on the CPU");
-            check_vector(*tensor, "a tensor of the norm", latent);
-        }
+NormArguments norm_of(int which, double eps, const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& mean, const OptionalTensor& variance, int64_t latent) {
+    STD_TORCH_CHECK(mean.has_value() == variance.has_value(), "running_mean", which, " and running_var",
+                    which, " go together: give both or neither");
+    for (const OptionalTensor* tensor : {&weight, &bias, &mean, &variance}) {
+        STD_TORCH_CHECK(!*tensor || (mean && (*tensor)->is_cpu()), "weight", which, " and bias", which,
+                        " need a norm, running_mean", which, ", on the CPU");
+        check_vector(*tensor, "a tensor of the norm", latent);
     }
-};
-
-struct DenseNorm {
-    OptionalTensor weight, bias, mean, variance;
-    DenseNorm(const Norm& norm, ScalarType type)
-        : weight(dense(norm.weight, type)),
-          bias(dense(norm.bias, type)),
-          mean(dense(norm.mean, type)),
-          variance(dense(norm.variance, type)) {}
-    template <class T>
-    LatentNorm<T> pointers(const Norm& norm) const {
-        return {mean ? kRunningStatistics : kNoNorm,
-                0,
-                norm.eps,
-                pointer<T>(weight),
-                pointer<T>(bias),
-                pointer<T>(mean),
-                pointer<T>(variance)};
-    }
-};
+    return {which, mean ? kRunningStatistics : kNoNorm, 0, eps, weight, bias, mean, variance};
+}
 
 // Places in one piece of memory, each on a cache line of its own.
 class Places {
@@ -164,9 +141,8 @@ Tensor released_layer(const Tensor& input,           // [N, Ci, *spatial]
     check_vector(gate_bias, "gate_bias", hidden);
     check_vector(lam_bias, "lam_bias", out_channels);
     check_vector(phi_bias, "phi_bias", latent * latent);
-    const Norm first{1, eps1, weight1, bias1, running_mean1, running_var1};
-    const Norm second{2, eps2, weight2, bias2, running_mean2, running_var2};
-    first.check(latent), second.check(latent);
+    const NormArguments norm1 = norm_of(1, eps1, weight1, bias1, running_mean1, running_var1, latent);
+    const NormArguments norm2 = norm_of(2, eps2, weight2, bias2, running_mean2, running_var2, latent);
 
     const ScalarType type = compute_type(input);
     const bool channels_last = is_channels_last(input), quadrants = bins == 2;
@@ -180,7 +156,7 @@ Tensor released_layer(const Tensor& input,           // [N, Ci, *spatial]
                          gate_b = dense(gate_bias, type), lam_b = dense(lam_bias, type),
                          phi_b = dense(phi_bias, type), bias_ = dense(bias, type), p_b = dense(p_bias, type),
                          q_b = dense(q_bias, type);
-    const DenseNorm first_(first, type), second_(second, type);
+    const DenseNorm first(norm1, type), second(norm2, type);
     std::vector<int64_t> sizes = sizes_of(input);
     sizes[1] = out_channels;
     const Tensor output = empty_map(sizes, channels_last, type);
@@ -220,7 +196,7 @@ Tensor released_layer(const Tensor& input,           // [N, Ci, *spatial]
 
         LatentMapParams<T> fold{};
         fold.batch = batch, fold.latent = latent, fold.phi = at + phi;
-        fold.norms[0] = first_.pointers<T>(first), fold.norms[1] = second_.pointers<T>(second);
+        fold.norms[0] = first.pointers<T>(), fold.norms[1] = second.pointers<T>();
         fold.latent_bias = pointer<T>(q_b), fold.residual = latent_residual;
         fold.mapped = at + mapped, fold.shift = at + shift;
         kernels<T>().latent_map(fold, runtime);

@@ -2,7 +2,7 @@
 // dcd_kernels::pack_pointwise and pointwise_packed: the pointwise op on weights packed beforehand, for
 // inference.
 #include "cpu/packed.h"
-#include "tensors.h"
+#include "layer_operands.h"
 
 namespace dcd {
 namespace {
@@ -61,36 +61,25 @@ Tensor pointwise_packed(const Tensor& input,   // [N, Ci, *spatial]
                     "phi must be given exactly where latent_channels is not 0, got latent_channels ",
                     latent_channels, phi ? " and a phi" : " and no phi");
     if (phi) check_sizes(*phi, "phi", {batch, latent_channels, latent_channels});
-    check_activation(activation);
     check_operands(input, "input",
                    {{"phi", phi, true}, {"lam", lam, true}, {"bias", bias, true}, {"residual", residual}});
-    check_lam(lam, batch, out_channels);
-    check_bias(bias, batch, out_channels);
+    const LayerArguments arguments{phi, lam, bias, residual, activation};
     std::vector<int64_t> sizes = sizes_of(input);
     sizes[1] = out_channels;
-    if (residual) check_like(*residual, "residual", sizes);
+    arguments.check(sizes);
 
     const bool channels_last = is_channels_last(input);
     const Tensor output = empty_map(sizes, channels_last, type);
     if (output.numel() == 0) return in_type(output, input.scalar_type());
     const Tensor x = as_map(input, channels_last, type);
     const Tensor packed_ = dense(packed, type);
-    const OptionalTensor phi_ = dense(phi, type), lam_ = dense(lam, type), bias_ = dense(bias, type);
-    const OptionalTensor residual_ =
-        residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
+    const LayerOperands operands(arguments, channels_last, type);
     with_type(type, [&](auto zero) {
         using T = decltype(zero);
         PointwiseParams<T> s{};
-        s.batch = batch, s.in_channels = in_channels, s.out_channels = out_channels,
-        s.pixels = pixels_of(input);
-        s.latent = latent_channels, s.blocks = 1, s.channels_last = channels_last;
-        s.input = const_map<T>(x);
+        operands.fill(s, {latent_channels, 1}, output);
+        s.in_channels = in_channels, s.input = const_map<T>(x);
         s.packed = static_cast<const T*>(packed_.const_data_ptr());
-        s.phi = pointer<T>(phi_), s.lam = pointer<T>(lam_);
-        s.bias = pointer<T>(bias_), s.bias_sample = bias && bias->dim() == 2 ? out_channels : 0;
-        if (residual_) s.residual = const_map<T>(*residual_);
-        s.output = mutable_map<T>(output);
-        s.activation = static_cast<int>(activation);
         kernels<T>().pointwise(s, torch_runtime());
     });
     return in_type(output, input.scalar_type());

@@ -1,44 +1,47 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // dcd_kernels::pointwise and its gradient: checks, allocation, launch.
 #include "float32_precision.h"
-#include "tensors.h"
+#include "layer_operands.h"
 
 namespace dcd {
 namespace {
 
-// The checked call of `pointwise` with products of bf16: of bf16 maps (T is Bfloat16), or of fp32 maps whose
-// products are split (T is float).
-template <class T>
-Tensor mixed_pointwise(const Tensor& input,             // [N, Ci, *spatial]
-                       const Tensor& weight,            // [Co, Ci]
-                       const OptionalTensor& p,         // [Co, L]
-                       const OptionalTensor& phi,       // [N, L, L] or [N, B, L, L]
-                       const OptionalTensor& q,         // [Ci, L]
-                       const OptionalTensor& lam,       // [N, Co]
-                       const OptionalTensor& bias,      // [Co] or [N, Co]
-                       const OptionalTensor& residual,  // [N, Co, *spatial]
-                       int64_t activation, const LatentShape& shape, const Tensor& output,
-                       void (*kernel)(const MixedParams<T>&, const Runtime&)) {
-    constexpr ScalarType kSingle = ScalarType::Float;
-    const ScalarType type = input.scalar_type();
+LatentShape check_shapes(const Tensor& input,        // [N, Ci, *spatial]
+                         const Tensor& weight,       // [Co, Ci]
+                         const OptionalTensor& p,    // [Co, L]
+                         const OptionalTensor& phi,  // [N, L, L] or [N, B, L, L]
+                         const OptionalTensor& q)    // [Ci, L]
+{
+    check_rank(input, "input", 3, false);
+    check_rank(weight, "weight", 2, true);
+    const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
+    check_sizes(weight, "weight", {out_channels, in_channels});
+    const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
+    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0,
+                    "input and weight must have at least one channel, got ", in_channels, " and ",
+                    out_channels);
+    return shape;
+}
+
+// The checked call of `pointwise` by a kernel for maps of `type`, which in C++ is T, that sums in S.
+template <class T, class S>
+Tensor launch(const Tensor& input,      // [N, Ci, *spatial]
+              const Tensor& weight,     // [Co, Ci]
+              const OptionalTensor& p,  // [Co, L]
+              const OptionalTensor& q,  // [Ci, L]
+              const LayerArguments& arguments, const LatentShape& shape,
+              const std::vector<int64_t>& sizes,  // of the output
+              ScalarType type, void (*kernel)(const PointwiseParams<T, S>&, const Runtime&)) {
     const bool channels_last = is_channels_last(input);
+    const Tensor output = empty_map(sizes, channels_last, type);
+    if (output.numel() == 0) return output;
     const Tensor x = as_map(input, channels_last, type), w = dense(weight, type);
-    const OptionalTensor p_ = dense(p, type), q_ = dense(q, type), phi_ = dense(phi, kSingle),
-                         lam_ = dense(lam, kSingle), bias_ = dense(bias, kSingle);
-    const OptionalTensor residual_ =
-        residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
-    MixedParams<T> s{};
-    s.batch = input.size(0), s.in_channels = input.size(1), s.out_channels = weight.size(0),
-    s.pixels = pixels_of(input);
-    s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
-    s.input = const_map<T>(x);
-    s.weight = static_cast<const T*>(w.const_data_ptr());
-    s.p = pointer<T>(p_), s.q = pointer<T>(q_), s.phi = pointer<float>(phi_);
-    s.lam = pointer<float>(lam_);
-    s.bias = pointer<float>(bias_), s.bias_sample = bias && bias->dim() == 2 ? weight.size(0) : 0;
-    if (residual_) s.residual = const_map<T>(*residual_);
-    s.output = mutable_map<T>(output);
-    s.activation = static_cast<int>(activation);
+    const OptionalTensor p_ = dense(p, type), q_ = dense(q, type);
+    const LayerOperands operands(arguments, channels_last, type);
+    PointwiseParams<T, S> s{};
+    operands.fill(s, shape, output);
+    s.in_channels = input.size(1), s.input = const_map<T>(x);
+    s.weight = static_cast<const T*>(w.const_data_ptr()), s.p = pointer<T>(p_), s.q = pointer<T>(q_);
     const LaunchScope scope;
     kernel(s, torch_runtime());
     return output;
@@ -54,15 +57,7 @@ Tensor pointwise(const Tensor& input,             // [N, Ci, *spatial]
                  const OptionalTensor& bias,      // [Co] or [N, Co]
                  const OptionalTensor& residual,  // [N, Co, *spatial]
                  int64_t activation) {
-    check_rank(input, "input", 3, false);
-    check_rank(weight, "weight", 2, true);
-    const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
-    check_sizes(weight, "weight", {out_channels, in_channels});
-    const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0,
-                    "input and weight must have at least one channel, got ", in_channels, " and ",
-                    out_channels);
-    check_activation(activation);
+    const LatentShape shape = check_shapes(input, weight, p, phi, q);
     check_operands(input, "input",
                    {{"weight", weight},
                     {"p", p},
@@ -71,48 +66,19 @@ Tensor pointwise(const Tensor& input,             // [N, Ci, *spatial]
                     {"lam", lam, true},
                     {"bias", bias, true},
                     {"residual", residual}});
-    check_lam(lam, batch, out_channels);
-    check_bias(bias, batch, out_channels);
+    const LayerArguments arguments{phi, lam, bias, residual, activation};
     std::vector<int64_t> sizes = sizes_of(input);
-    sizes[1] = out_channels;
-    if (residual) check_like(*residual, "residual", sizes);
+    sizes[1] = weight.size(0);
+    arguments.check(sizes);
 
-    const bool channels_last = is_channels_last(input);
-    const auto mixed = [&](auto kernel) {
-        const Tensor output = empty_map(sizes, channels_last, input.scalar_type());
-        if (output.numel() == 0) return output;
-        return mixed_pointwise(input, weight, p, phi, q, lam, bias, residual, activation, shape, output,
-                               kernel);
+    const auto run = [&](ScalarType type, auto kernel) {
+        return launch(input, weight, p, q, arguments, shape, sizes, type, kernel);
     };
-    if (input.scalar_type() == ScalarType::BFloat16) return mixed(mixed_kernels().half);
-    if (input.scalar_type() == ScalarType::Float && splits_float32()) return mixed(mixed_kernels().single);
-
-    const ScalarType type = compute_type(input);
-    const Tensor output = empty_map(sizes, channels_last, type);
-    if (output.numel() == 0) return in_type(output, input.scalar_type());
-    const Tensor x = as_map(input, channels_last, type);
-    const Tensor w = dense(weight, type);
-    const OptionalTensor p_ = dense(p, type), phi_ = dense(phi, type), q_ = dense(q, type),
-                         lam_ = dense(lam, type);
-    const OptionalTensor bias_ = dense(bias, type);
-    const OptionalTensor residual_ =
-        residual ? OptionalTensor(as_map(*residual, channels_last, type)) : std::nullopt;
-    with_type(type, [&](auto zero) {
-        using T = decltype(zero);
-        PointwiseParams<T> s{};
-        s.batch = batch, s.in_channels = in_channels, s.out_channels = out_channels,
-        s.pixels = pixels_of(input);
-        s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
-        s.input = const_map<T>(x);
-        s.weight = static_cast<const T*>(w.const_data_ptr());
-        s.p = pointer<T>(p_), s.phi = pointer<T>(phi_), s.q = pointer<T>(q_), s.lam = pointer<T>(lam_);
-        s.bias = pointer<T>(bias_), s.bias_sample = bias && bias->dim() == 2 ? out_channels : 0;
-        if (residual_) s.residual = const_map<T>(*residual_);
-        s.output = mutable_map<T>(output);
-        s.activation = static_cast<int>(activation);
-        kernels<T>().pointwise(s, torch_runtime());
-    });
-    return in_type(output, input.scalar_type());
+    const ScalarType type = input.scalar_type();
+    if (type == ScalarType::Double) return run(type, kernels<double>().pointwise);
+    if (type == ScalarType::BFloat16) return run(type, mixed_kernels().half);
+    if (type == ScalarType::Float && splits_float32()) return run(type, mixed_kernels().single);
+    return in_type(run(ScalarType::Float, kernels<float>().pointwise), type);
 }
 
 // Given G = dy behind the activation; bit i of `needs` asks for return i.
@@ -124,14 +90,7 @@ SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
                               const OptionalTensor& q,    // [Ci, L]
                               const OptionalTensor& lam,  // [N, Co]
                               int64_t needs) {
-    check_rank(input, "input", 3, false);
-    check_rank(weight, "weight", 2, true);
-    const int64_t batch = input.size(0), in_channels = input.size(1), out_channels = weight.size(0);
-    check_sizes(weight, "weight", {out_channels, in_channels});
-    const LatentShape shape = check_latent(p, phi, q, batch, in_channels, out_channels);
-    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0,
-                    "input and weight must have at least one channel, got ", in_channels, " and ",
-                    out_channels);
+    const LatentShape shape = check_shapes(input, weight, p, phi, q);
     check_operands(input, "input",
                    {{"grad", grad, true},
                     {"weight", weight},
@@ -139,9 +98,9 @@ SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
                     {"phi", phi, true},
                     {"q", q},
                     {"lam", lam, true}});
-    check_lam(lam, batch, out_channels);
+    check_lam(lam, input.size(0), weight.size(0));
     std::vector<int64_t> sizes = sizes_of(input);
-    sizes[1] = out_channels;
+    sizes[1] = weight.size(0);
     check_like(grad, "grad", sizes);
 
     const ScalarType type = compute_type(input);
@@ -158,7 +117,7 @@ SixTensors pointwise_backward(const Tensor& grad,         // [N, Co, *spatial]
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
             PointwiseGradParams<T> s{};
-            s.batch = batch, s.in_channels = in_channels, s.out_channels = out_channels,
+            s.batch = input.size(0), s.in_channels = input.size(1), s.out_channels = weight.size(0);
             s.pixels = pixels_of(input);
             s.latent = shape.latent, s.blocks = shape.blocks, s.channels_last = channels_last;
             s.grad = const_map<T>(g), s.input = const_map<T>(x);

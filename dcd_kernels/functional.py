@@ -41,14 +41,9 @@ def dcd_conv1d(
     activation: str | None = None,
 ) -> Tensor:
     """Dynamic convolution decomposition over (N, Ci, length): :func:`dcd_conv2d` in one dimension."""
-    if type(weight) is PackedWeight:
-        return _packed_conv(
-            1, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
-        )
-    plan = checks.conv(
+    return _conv(
         1, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
-    return _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_conv2d(
@@ -113,14 +108,9 @@ def dcd_conv2d(
             factor, even kernel sizes with a centre tap, an unknown activation.
         RuntimeError: a backend chosen by :class:`use_backend` cannot run the call.
     """
-    if type(weight) is PackedWeight:
-        return _packed_conv(
-            2, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
-        )
-    plan = checks.conv(
+    return _conv(
         2, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
-    return _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_conv3d(
@@ -141,14 +131,9 @@ def dcd_conv3d(
     activation: str | None = None,
 ) -> Tensor:
     """Dynamic convolution decomposition over (N, Ci, D, H, W): :func:`dcd_conv2d` in three dimensions."""
-    if type(weight) is PackedWeight:
-        return _packed_conv(
-            3, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
-        )
-    plan = checks.conv(
+    return _conv(
         3, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
     )
-    return _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
 
 
 def dcd_linear(
@@ -181,7 +166,12 @@ def dcd_linear(
         TypeError, ValueError, RuntimeError: as :func:`dcd_conv2d`.
     """
     if type(weight) is PackedWeight:
-        return _packed_linear(input, weight, p, phi, q, lam, bias, residual, activation)
+        packing.check_linear(input, weight, p, phi, q, lam, bias, residual, activation)
+        if packing.runs_packed(input):
+            skip = None if residual is None else _as_pixels(residual)
+            output = ops.pointwise_packed(_as_pixels(input), weight, phi, lam, bias, skip, _CODES[activation])
+            return _as_rows(output, input.shape)
+        weight, p, q = weight.unpack()
     checks.linear("dcd_linear", input, weight, p, phi, q, lam, bias, residual, activation)
     if selection.select("linear", input, weight, p, phi, q, lam) == "reference":
         return reference.linear(input, weight, p, phi, q, lam, bias, residual, activation)
@@ -275,7 +265,25 @@ def latent_moments(input: Tensor, q: Tensor, *, stride=1, offset=0) -> tuple[Ten
     return ops.latent_moments(pixels, q)
 
 
-def _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation) -> Tensor:
+def _conv(
+    rank, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+) -> Tensor:
+    """A convolution with ``rank`` spatial dimensions; weights may be packed."""
+    is_packed = type(weight) is PackedWeight
+    check = packing.check_conv if is_packed else checks.conv
+    # by name, not as a tuple, which would cost a hundredth of a small call
+    plan = check(
+        rank, input, weight, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+    )
+    if is_packed:
+        if packing.runs_packed(input):
+            if plan is not None:
+                where = plan.geometry
+                input = geometry.sample(input, where.stride, where.centre, where.output)
+            return ops.pointwise_packed(input, weight, phi, lam, bias, residual, _CODES[activation])
+        # any other backend than the CPU's gets the plain tensors
+        weight, p, q = weight.unpack()
+        weight = weight.unflatten(1, (-1,) + (1,) * rank)
     if plan is None:
         if selection.select("pointwise", input, weight, p, phi, q, lam) != "reference":
             code = _CODES[activation]
@@ -286,48 +294,6 @@ def _conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activa
     ):
         return _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, _CODES[activation])
     return reference.conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
-
-
-def _packed_conv(
-    spatial, input, packed, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
-) -> Tensor:
-    """A convolution with packed weights; any other backend than the CPU's gets the plain tensors."""
-    where = packing.check_conv(
-        spatial,
-        packed,
-        input,
-        p,
-        phi,
-        q,
-        r,
-        lam,
-        bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
-    )
-    if packing.runs_packed(input):
-        if where is not None:
-            input = geometry.sample(input, where.stride, where.centre, where.output)
-        return ops.pointwise_packed(input, packed, phi, lam, bias, residual, _CODES[activation])
-    weight, p, q = packed.unpack()
-    weight = weight.unflatten(1, (-1,) + (1,) * spatial)
-    plan = None if where is None else checks.Plan("pointwise", where)
-    return _conv(plan, input, weight, p, phi, q, None, lam, bias, residual, 1, activation)
-
-
-def _packed_linear(input, packed, p, phi, q, lam, bias, residual, activation) -> Tensor:
-    """:func:`dcd_linear` with packed weights; any other backend than the CPU's gets the plain tensors."""
-    packing.check_linear(packed, input, p, phi, q, lam, bias, residual, activation)
-    if packing.runs_packed(input):
-        skip = None if residual is None else _as_pixels(residual)
-        output = ops.pointwise_packed(_as_pixels(input), packed, phi, lam, bias, skip, _CODES[activation])
-        return _as_rows(output, input.shape)
-    weight, p, q = packed.unpack()
-    return dcd_linear(input, weight, p, phi, q, lam=lam, bias=bias, residual=residual, activation=activation)
 
 
 def _lower(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, code) -> Tensor:

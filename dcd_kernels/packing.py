@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from . import checks, extension, geometry
 from .backends import selection
-
-if TYPE_CHECKING:
-    from .geometry import Geometry
 
 PANEL = 16  # lanes of a panel, csrc/cpu/packed.h
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -132,18 +127,7 @@ def runs_packed(input: Tensor) -> bool:
     )
 
 
-def check(
-    caller: str,
-    packed: PackedWeight,
-    input: Tensor,
-    batch_first: tuple[int, ...],
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-) -> None:
+def check(caller, input, packed, batch_first, p, phi, q, lam, bias, activation) -> None:
     """Check what a call with packed weights shares with every other; ``batch_first`` is (N, Ci).
 
     Raises:
@@ -183,23 +167,9 @@ def check(
 
 
 def check_conv(
-    spatial: int,
-    packed: PackedWeight,
-    input: Tensor,
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    r: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride,
-    padding,
-    dilation,
-    groups: int,
-    activation: str | None,
-) -> Geometry | None:
-    """Check a convolution with packed weights; ``None`` where every pixel of the input is one of the output.
+    spatial, input, packed, p, phi, q, r, lam, bias, residual, stride, padding, dilation, groups, activation
+) -> checks.Plan | None:
+    """Check a convolution with packed weights, as `checks.conv`.
 
     Raises:
         TypeError, ValueError: as :func:`check`; rank, r or groups beside packed weights, geometry.
@@ -215,7 +185,7 @@ def check_conv(
         raise ValueError(
             f"{caller}: r must be None and groups 1 beside a PackedWeight, a dense pointwise layer"
         )
-    check(caller, packed, input, input.shape[:2], p, phi, q, lam, bias, activation)
+    check(caller, input, packed, input.shape[:2], p, phi, q, lam, bias, activation)
     if input.numel() == 0:
         checks._extent(caller, input, packed.data, 1)
     ones, zeros = (1,) * spatial, (0,) * spatial
@@ -226,20 +196,10 @@ def check_conv(
         size = input.shape[2:] if where is None else where.output
         wanted = (input.shape[0], packed.out_channels, *size)
         checks._residual(caller, residual, wanted, input.dtype, input.device)
-    return where
+    return None if where is None else checks.Plan("pointwise", where)
 
 
-def check_linear(
-    packed: PackedWeight,
-    input: Tensor,
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-) -> None:
+def check_linear(input, packed, p, phi, q, lam, bias, residual, activation) -> None:
     """Check a linear call with packed weights.
 
     Raises:
@@ -252,7 +212,7 @@ def check_linear(
             f"{caller}: input must be batched, (batch, …, in_channels) with at least 2 dimensions, got "
             f"{geometry.show(input.shape)}"
         )
-    check(caller, packed, input, (input.shape[0], input.shape[-1]), p, phi, q, lam, bias, activation)
+    check(caller, input, packed, (input.shape[0], input.shape[-1]), p, phi, q, lam, bias, activation)
     if residual is not None:
         wanted = (*input.shape[:-1], packed.out_channels)
         checks._residual(caller, residual, wanted, input.dtype, input.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The checks that every compiled op has to pass, written once; test_ops_*.py say on which cases."""
+"""The checks that every compiled op has to pass, written once; test_ops*.py say on which cases."""
 
 from __future__ import annotations
 

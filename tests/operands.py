@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the tests of the three compiled ops share: cases, operands, the same call in plain PyTorch."""
+"""What the tests of the compiled ops on images share: cases, operands, the same call in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from functools import lru_cache
 
 import numpy as np
 import oracle
-import pytest
 import torch
 from cases import SEED, as_array, in_layout
 from torch import Tensor
 
-from dcd_kernels import ops, reference
+from dcd_kernels import ops, pack_weight, reference
 from dcd_kernels.checks import ACTIVATIONS
 
 FACTORS = {
@@ -46,6 +45,7 @@ class Case:
     residual: bool = False
     blocks: int = 1
     given_latent: bool = False  # apply with q=None
+    packed: bool = False  # pointwise with weight, p and q packed
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
@@ -60,6 +60,7 @@ class Case:
             "residual" if self.residual else None,
             f"blocks{self.blocks}" if self.blocks > 1 else None,
             "latent" if self.given_latent else None,
+            "packed" if self.packed else None,
             "k" + "".join(map(str, self.kernel + self.stride + self.padding + self.dilation))
             if self.kernel
             else None,
@@ -123,6 +124,11 @@ class Case:
         return {name: shapes[name] for name in self.names}
 
 
+def label(case: Case) -> str:
+    """The id of a case among those of several ops."""
+    return f"{case.op}-{case}"
+
+
 def operands(
     case: Case,
     dtype: torch.dtype = torch.float32,
@@ -150,9 +156,12 @@ def operands(
 
 
 def call(case: Case, tensors, activation: str | None = "of the case") -> Tensor:
-    """The op on the tensors of `operands`."""
-    name = case.activation if activation == "of the case" else activation
-    return getattr(ops, case.op)(*tensors, *case.geometry, ACTIVATIONS[name])
+    """The op on the tensors of `operands`; what it takes packed is packed here."""
+    code = ACTIVATIONS[case.activation if activation == "of the case" else activation]
+    if case.packed:
+        input, weight, p, phi, q, *others = tensors
+        return ops.pointwise_packed(input, pack_weight(weight, p, q), phi, *others, code)
+    return getattr(ops, case.op)(*tensors, *case.geometry, code)
 
 
 def plain(case: Case, tensors) -> Tensor:
@@ -246,11 +255,3 @@ def threads(count: int):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Elements that a kernel does not write come out as NaN. Active in every module that imports it."""
-    torch.ops.dcd_kernels._poison(True)
-    yield
-    torch.ops.dcd_kernels._poison(False)

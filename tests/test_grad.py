@@ -16,9 +16,9 @@ from operands import (
     Case,
     call,
     in_float64,
+    label,
     operands,
     plain,
-    poisoned_outputs,  # noqa: F401
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -87,10 +87,6 @@ TINY = [
 WHOLE = [case for case in TINY if case.residual]
 
 
-def name(case: Case) -> str:
-    return f"{case.op}-{case}"
-
-
 def both_ways(case):
     """The entry point of ops, and the same op straight from the dispatcher."""
     direct = getattr(torch.ops.dcd_kernels, case.op)
@@ -144,7 +140,7 @@ def check_values(case, dtype, layout, isa, *, wide=False, device="cpu", eps=None
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_values(case, layout, isa):
     found, tensors = check_values(case, torch.float32, layout, isa)
     for key, gradient in found.items():
@@ -157,7 +153,7 @@ def test_values(case, layout, isa):
 
 @pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_values_half(case, dtype, wide):
     check_values(case, dtype, "channels_last", ISAS[-1], wide=wide)
 
@@ -174,7 +170,7 @@ def test_values_at_every_tile_edge(pixels, layout, isa):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_gradcheck_of_each_activation(case, activation):
     case = replace(case, activation=activation)
     for function in both_ways(case):
@@ -182,14 +178,14 @@ def test_gradcheck_of_each_activation(case, activation):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", TINY, ids=name)
+@pytest.mark.parametrize("case", TINY, ids=label)
 def test_gradcheck(case, layout):
     tensors = with_grad(case, operands(case, torch.float64, layout))
     assert torch.autograd.gradcheck(both_ways(case)[0], tensors)
 
 
 @pytest.mark.parametrize("activation", (None, "silu"))
-@pytest.mark.parametrize("case", TINY, ids=name)
+@pytest.mark.parametrize("case", TINY, ids=label)
 def test_gradgradcheck(case, activation):
     case = replace(case, activation=activation)
     tensors = with_grad(case, operands(case, torch.float64))
@@ -198,14 +194,14 @@ def test_gradgradcheck(case, activation):
 
 @pytest.mark.full
 @pytest.mark.parametrize("activation", ("relu", "relu6", "hardswish"))
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_gradgradcheck_of_each_activation(case, activation):
     case = replace(case, activation=activation)
     for function in both_ways(case):
         assert torch.autograd.gradgradcheck(function, with_grad(case, operands(case, torch.float64)))
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_third_order(case):
     case = replace(case, activation="silu")
     found = []
@@ -234,7 +230,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_only_what_is_asked_for(case):
     everything = with_grad(case, operands(case))
     full = torch.autograd.grad(call(case, everything).sin().sum(), everything)
@@ -260,7 +256,7 @@ def test_an_input_that_is_not_read_is_not_asked_for():
     assert calls.seen[1:] == [("apply_backward", 1)]
 
 
-@pytest.mark.parametrize("case", [case for case in TINY if case.lam], ids=name)
+@pytest.mark.parametrize("case", [case for case in TINY if case.lam], ids=label)
 def test_each_subset_of_the_returns(case):
     """The backward op itself: what is asked for does not depend on what else is, the rest is empty."""
     op = getattr(torch.ops.dcd_kernels, case.op + "_backward")
@@ -294,7 +290,7 @@ def strided(grad, kind):
 
 @pytest.mark.parametrize("activation", (None, "relu"))
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.size) == 2 and c.residual], ids=name)
+@pytest.mark.parametrize("case", [c for c in CASES if len(c.size) == 2 and c.residual], ids=label)
 def test_any_strides_of_the_gradient(case, layout, activation):
     case = replace(case, activation=activation)
     tensors = with_grad(case, operands(case, layout=layout))
@@ -310,7 +306,7 @@ def test_any_strides_of_the_gradient(case, layout, activation):
             assert_same(got.double(), right.double(), 1e-5, kind)
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_dtypes_of_the_gradients(case):
     for activation in ACTIVATIONS:
         tensors = with_grad(case, operands(case, torch.bfloat16, wide=True))
@@ -323,7 +319,7 @@ grads_without_graph = (torch.no_grad, torch.inference_mode)
 
 
 @pytest.mark.parametrize("context", grads_without_graph)
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_nothing_is_recorded_without_grad_mode(case, context):
     tensors = with_grad(case, operands(case))
     with context():
@@ -353,7 +349,7 @@ def test_apply_keeps_no_image_that_it_does_not_read():
 
 
 @pytest.mark.parametrize("activation", ("relu", "hardswish"))
-@pytest.mark.parametrize("case", TINY, ids=name)
+@pytest.mark.parametrize("case", TINY, ids=label)
 def test_backward_inside_of_autocast(case, activation):
     """The gradient has the precision of the forward pass, wherever backward() is called."""
     case = replace(case, activation=activation)
@@ -381,7 +377,7 @@ def loss_of(function, case):
     return loss
 
 
-@pytest.mark.parametrize("case", TINY, ids=name)
+@pytest.mark.parametrize("case", TINY, ids=label)
 def test_func_grad(case):
     case = replace(case, activation="silu")
     tensors = [t for t in operands(case, torch.float64) if t is not None]
@@ -391,7 +387,7 @@ def test_func_grad(case):
         assert_same(got, expected, 1e-11)
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_func_grad_of_grad(case):
     case = replace(case, activation="silu")
     tensors = operands(case, torch.float64)
@@ -404,7 +400,7 @@ def test_func_grad_of_grad(case):
         assert_same(got, expected, 1e-11)
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_func_vmap_of_grad(case):
     """Gradients per example, torch's way: vmap over grad. There is no batching rule, torch loops."""
@@ -416,7 +412,7 @@ def test_func_vmap_of_grad(case):
         assert_same(mine[i], torch.func.grad(function)(*(t[i] for t in many)), 1e-11)
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_forward_mode_raises(case):
     tensors = operands(case, torch.float64)
     function = loss_of(call, case)
@@ -442,7 +438,7 @@ def test_every_factor_is_tested():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_checkpoint_and_batched_gradients(case):
     case = replace(case, activation="hardswish")
     tensors = with_grad(case, operands(case))

@@ -14,8 +14,8 @@ from operands import (
     LAYOUTS,
     Case,
     call,
+    label,
     operands,
-    poisoned_outputs,  # noqa: F401
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -32,10 +32,6 @@ WHOLE = [
     replace(test_ops_depthwise.WHOLE, activation="silu"),
 ]
 EVERY = [case for module in (test_ops_pointwise, test_ops_apply, test_ops_depthwise) for case in module.CASES]
-
-
-def name(case: Case) -> str:
-    return f"{case.op}-{case}"
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +51,7 @@ def assert_agree(mine, right) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", EVERY, ids=name)
+@pytest.mark.parametrize("case", EVERY, ids=label)
 def test_fake_tensors_have_the_strides_of_real_ones(case, layout):
     tensors = operands(case, layout=layout)
     real = call(case, tensors)
@@ -69,7 +65,7 @@ def test_fake_tensors_have_the_strides_of_real_ones(case, layout):
 @pytest.mark.parametrize(
     ("layout", "dynamic"), (("contiguous", False), ("channels_last", True), ("sliced", True))
 )
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_compile(case, layout, dynamic):
     def function(*tensors):
         return call(case, tensors).sin()
@@ -89,7 +85,7 @@ def test_compile(case, layout, dynamic):
             assert_agree(compiled(*tensors), right)
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_one_graph_serves_every_size(case):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *t: call(case, t), fullgraph=True, backend=counter, dynamic=True)
@@ -121,7 +117,7 @@ def test_inductor():
         assert_agree(got, expected)
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_compiled_torch_func_grad(case):
     tensors = [t for t in operands(case) if t is not None]
 
@@ -158,7 +154,7 @@ class Layer(nn.Module):
 
 
 @pytest.mark.parametrize(("layout", "strict"), (("contiguous", True), ("channels_last", False)))
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_export_with_a_dynamic_batch(case, strict, layout):
     layer = Layer(case)
     samples = layer.per_sample(case, layout)
@@ -185,7 +181,7 @@ def test_export_with_a_dynamic_batch(case, strict, layout):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_autocast(case, dtype):
     """The images and matrices go to the autocast dtype, lam, phi and bias stay in float32."""
     tensors = operands(case, requires_grad=True)
@@ -213,7 +209,7 @@ def test_autocast(case, dtype):
             assert torch.equal(got, half.to(got.dtype))
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_autocast_under_compile(case):
     def function(*tensors):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -257,7 +253,7 @@ def test_autocast_rule_is_registered(op, key):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("requires_grad", (False, True))
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_tracers_record_one_op(case, requires_grad):
     tensors = [t for t in operands(case, requires_grad=requires_grad) if t is not None]
 

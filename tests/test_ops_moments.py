@@ -12,7 +12,6 @@ from operands import (
     LAYOUTS,
     instruction_set,
     is_channels_last,
-    poisoned_outputs,  # noqa: F401
     threads,
 )
 

@@ -1,74 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The pointwise op on packed weights: all that holds for `pointwise`, and the packs hold what was packed."""
+"""Packed weights: they hold what was packed, and the calls that take them.
+
+That they give what `pointwise` gives is in test_ops_pointwise.py.
+"""
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import op_checks
 import pytest
 import torch
 from cases import assert_close_to_truth
-from operands import HALF, ISAS, LAYOUTS, Case, instruction_set, operands, plain, threads, truth
-from test_ops_pointwise import BIG, EACH_ACTIVATION, TILED, WHOLE
-from test_ops_pointwise import CASES as POINTWISE
+from operands import ISAS, LAYOUTS, Case, call, instruction_set, operands, plain, threads, truth
+from test_ops_pointwise import BIG, TILED, WHOLE
 
 import dcd_kernels as dcd
-from dcd_kernels import ops
-from dcd_kernels.checks import ACTIVATIONS
-
-CASES = [case for case in POINTWISE if case.blocks == 1] + [
-    # more than one piece of k, rows a page apart, three panels and a part of one, samples that share a tile
-    Case("pointwise", 5, 700, 55, 17, (7, 7), "relu6", bias="sample", residual=True),
-    Case("pointwise", 3, 1024, 40, 4, (5, 3), bias="shared"),
-    Case("pointwise", 2, 16, 144, 4, (40, 20), "relu", residual=True),
-    Case("pointwise", 1, 400, 300, 8, (20, 10), lam=False),
-]
-
-
-def packed_call(case, tensors, activation="of the case"):
-    """`operands.call`, with the weights packed first."""
-    name = case.activation if activation == "of the case" else activation
-    x, weight, p, phi, q, lam, bias, residual = tensors
-    packed = dcd.pack_weight(weight, p, q)
-    return ops.pointwise_packed(x, packed, phi, lam, bias, residual, ACTIVATIONS[name])
-
-
-@pytest.fixture(autouse=True)
-def packs(monkeypatch):
-    monkeypatch.setattr(op_checks, "call", packed_call)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES + EACH_ACTIVATION, ids=str)
-def test_values(case, layout, isa):
-    op_checks.values(case, torch.float32, layout, isa)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_float64(case, layout):
-    op_checks.values(case, torch.float64, layout, ISAS[0])
-
-
-@pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES[1:4], ids=str)
-def test_values_half(case, dtype, wide):
-    op_checks.values(case, dtype, "channels_last", ISAS[-1], wide=wide)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pixels", (1, 2, 13, 15, 16, 17, 29, 47, 48, 49, 50, 97, 196, 400))
-@pytest.mark.parametrize(
-    "channels", ((1, 1), (3, 8), (8, 9), (16, 15), (31, 16), (33, 65), (130, 7), (340, 40))
-)
-def test_values_at_every_tile_edge(channels, pixels, layout, isa):
-    for latent in (1, 2, 4, 7, 8, 17):
-        case = Case("pointwise", 2, *channels, latent, (pixels,), "relu", bias="shared", residual=True)
-        op_checks.values(case, torch.float32, layout, isa)
 
 
 @pytest.mark.parametrize("count", (1, 2, 3))
@@ -76,38 +23,26 @@ def test_values_at_every_tile_edge(channels, pixels, layout, isa):
 def test_threads(layout, count):
     """Work shared out by samples, by channels of a synthesised layer, by pixels of a factored one."""
     cases = (
-        Case("pointwise", 1, 16, 96, 4, (31, 33), "relu", bias="sample", residual=True),
-        Case("pointwise", 1, 160, 130, 8, (7, 7), "silu", bias="shared", residual=True),
-        Case("pointwise", 1, 8, 8, 2, (1,)),
-        Case("pointwise", 1, 300, 24, 2, (3,), residual=True),
-        Case("pointwise", 5, 33, 40, 3, (9, 9)),
-        Case("pointwise", 6, 33, 40, 3, (3, 3)),
+        Case("pointwise", 1, 16, 96, 4, (31, 33), "relu", bias="sample", residual=True, packed=True),
+        Case("pointwise", 1, 160, 130, 8, (7, 7), "silu", bias="shared", residual=True, packed=True),
+        Case("pointwise", 1, 8, 8, 2, (1,), packed=True),
+        Case("pointwise", 1, 300, 24, 2, (3,), residual=True, packed=True),
+        Case("pointwise", 5, 33, 40, 3, (9, 9), packed=True),
+        Case("pointwise", 6, 33, 40, 3, (3, 3), packed=True),
     )
     with threads(count):
         for case in cases:
             op_checks.values(case, torch.float32, layout, None)
             op_checks.same_bits(case, layout, None, count)
-        op_checks.values(BIG, torch.float32, layout, None)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_special_values(layout, isa):
-    op_checks.propagation_through_residual(CASES[11], layout, isa)
-    for case in (WHOLE, TILED):
-        op_checks.infinity_is_not_lost(case, layout, isa)
-        for place in range(6):
-            op_checks.nan_stays_in_its_pixels(case, layout, isa, place)
-        op_checks.denormals(case, layout, isa)
+        op_checks.values(replace(BIG, packed=True), torch.float32, layout, None)
 
 
 @pytest.mark.parametrize("shape", ((0, 13, 3, 7), (2, 13, 0, 7)))
 def test_empty(shape):
     _x, weight, p, phi, q, lam, bias, _ = operands(WHOLE)
     n = shape[0]
-    packed = dcd.pack_weight(weight, p, q)
-    got = ops.pointwise_packed(torch.empty(shape), packed, phi[:n], lam[:n], bias[:n], None, 0)
-    assert got.shape == (n, 21, *shape[2:])
+    tensors = (torch.empty(shape), weight, p, phi[:n], q, lam[:n], bias[:n], None)
+    assert call(replace(WHOLE, packed=True), tensors).shape == (n, 21, *shape[2:])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

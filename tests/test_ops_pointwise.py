@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The compiled pointwise op: values, layouts, instruction sets, special values, the dispatcher's contract."""
+"""The compiled pointwise op, on packed weights too: cases, and what test_ops.py does not ask of every op.
+
+test_ops_packed.py has what is of packed weights alone.
+"""
+
+from dataclasses import replace
 
 import op_checks
 import pytest
 import torch
 from operands import (
-    HALF,
     ISAS,
     LAYOUTS,
     Case,
     call,
     operands,
-    poisoned_outputs,  # noqa: F401
 )
 
 CASES = [
@@ -42,38 +45,34 @@ EACH_ACTIVATION = [
     Case("pointwise", 2, 18, 35, 5, (9, 6), name, bias="shared")
     for name in (None, "relu", "relu6", "silu", "hardswish")
 ]
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES + EACH_ACTIVATION, ids=str)
-def test_values(case, layout, isa):
-    op_checks.values(case, torch.float32, layout, isa)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_float64(case, layout):
-    op_checks.values(case, torch.float64, layout, ISAS[0])
-
-
-@pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES[1:5] + CASES[9:12], ids=str)
-def test_values_half(case, dtype, layout, wide):
-    op_checks.values(case, dtype, layout, ISAS[-1], wide=wide)
+# the same on packed weights, which are dense
+PACKED = [
+    *(replace(case, packed=True) for case in CASES if case.blocks == 1),
+    # more than one piece of k, rows a page apart, three panels and a part of one, samples that share a tile
+    Case("pointwise", 5, 700, 55, 17, (7, 7), "relu6", bias="sample", residual=True, packed=True),
+    Case("pointwise", 3, 1024, 40, 4, (5, 3), bias="shared", packed=True),
+    Case("pointwise", 2, 16, 144, 4, (40, 20), "relu", residual=True, packed=True),
+    Case("pointwise", 1, 400, 300, 8, (20, 10), lam=False, packed=True),
+]
+EACH_ACTIVATION_PACKED = [replace(case, packed=True) for case in EACH_ACTIVATION]
+IN_HALF = CASES[1:5] + CASES[9:12] + PACKED[1:4]
+DENORMAL = [TILED, CASES[11], CASES[13]]
+DENORMAL += [replace(case, packed=True) for case in (WHOLE, *DENORMAL)]
+either = pytest.mark.parametrize("packed", (False, True), ids=("plain", "packed"))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pixels", (1, 2, 7, 8, 15, 16, 17, 47, 48, 49, 50, 96, 97, 196, 400))
-@pytest.mark.parametrize("channels", ((1, 1), (3, 8), (8, 9), (16, 15), (31, 16), (33, 65), (130, 7)))
-def test_values_at_every_tile_edge(channels, pixels, layout, isa):
+@pytest.mark.parametrize("pixels", (1, 2, 7, 8, 13, 15, 16, 17, 29, 47, 48, 49, 50, 96, 97, 196, 400))
+@pytest.mark.parametrize(
+    "channels", ((1, 1), (3, 8), (8, 9), (16, 15), (31, 16), (33, 65), (130, 7), (340, 40))
+)
+@either
+def test_values_at_every_tile_edge(packed, channels, pixels, layout, isa):
     for latent in (1, 2, 4, 7, 8, 17):
         case = Case("pointwise", 2, *channels, latent, (pixels,), "relu", bias="shared", residual=True)
-        op_checks.values(case, torch.float32, layout, isa)
+        op_checks.values(replace(case, packed=packed), torch.float32, layout, isa)
 
 
 @pytest.mark.full
@@ -81,16 +80,6 @@ def test_values_at_every_tile_edge(channels, pixels, layout, isa):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_of_a_large_layer(layout, isa):
     op_checks.values(BIG, torch.float32, layout, isa)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_mixed_layouts_of_input_and_residual(isa):
-    case = CASES[13]
-    for own, other in (("contiguous", "channels_last"), ("channels_last", "sliced")):
-        tensors = operands(case, layout=own)
-        expected = call(case, tensors)
-        tensors[-1] = operands(case, layout=other)[-1]
-        assert torch.equal(call(case, tensors), expected)
 
 
 def test_expanded_operands():
@@ -102,29 +91,15 @@ def test_expanded_operands():
     assert torch.equal(call(WHOLE, tensors), call(WHOLE, dense))
 
 
-@pytest.mark.parametrize("count", (1, 2))
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_same_inputs_same_bits(layout, isa, count):
-    for case in (CASES[11], CASES[13]):
-        op_checks.same_bits(case, layout, isa, count)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_nan_and_infinity(layout, isa):
-    op_checks.propagation_through_residual(CASES[13], layout, isa)
-    for case in (WHOLE, TILED):
+@either
+def test_nan_and_infinity(packed, layout, isa):
+    op_checks.propagation_through_residual(replace(CASES[13], packed=packed), layout, isa)
+    for case in (replace(WHOLE, packed=packed), replace(TILED, packed=packed)):
         op_checks.infinity_is_not_lost(case, layout, isa)
         for place in range(6):
             op_checks.nan_stays_in_its_pixels(case, layout, isa, place)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_denormals(layout, isa):
-    for case in (WHOLE, CASES[11], CASES[13]):
-        op_checks.denormals(case, layout, isa)
 
 
 @pytest.mark.parametrize("shape", ((0, 13, 3, 7), (2, 13, 0, 7)))
@@ -135,25 +110,6 @@ def test_empty(shape):
         tensors[place] = tensors[place][: shape[0]]
     tensors[7] = torch.empty(shape[0], 21, *shape[2:])
     assert call(WHOLE, tensors).shape == (shape[0], 21, *shape[2:])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", (CASES[2], CASES[7], CASES[9]), ids=str)
-def test_opcheck(case, layout):
-    op_checks.opcheck(case, torch.float32, layout)
-
-
-@pytest.mark.parametrize("wide", (False, True))
-def test_opcheck_half(wide):
-    op_checks.opcheck(WHOLE, torch.bfloat16, "channels_last", wide=wide)
-    op_checks.opcheck_backward(WHOLE, torch.bfloat16, "channels_last", 0b111111, wide=wide)
-
-
-@pytest.mark.parametrize("needs", (0b111111, 0b000001, 0b101010, 0))
-@pytest.mark.parametrize("case", (WHOLE, CASES[7], CASES[9]), ids=str)
-def test_opcheck_backward(case, needs):
-    for layout in LAYOUTS[:2]:
-        op_checks.opcheck_backward(case, torch.float32, layout, needs)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import op_checks
 import pytest
+import test_ops_pointwise
 import torch
 from cases import assert_close_to_truth
 from operands import (
@@ -20,7 +21,6 @@ from operands import (
     call,
     operands,
     plain,
-    poisoned_outputs,  # noqa: F401
     truth,
 )
 
@@ -68,28 +68,15 @@ def matmul_precision(name: str):
 
 
 CASES = [
-    Case("pointwise", 1, 3, 1, 1, (1,)),
-    Case("pointwise", 2, 3, 7, 3, (5,), "relu", bias="shared"),
-    Case("pointwise", 3, 3, 20, 11, (7, 7), "silu", bias="sample", residual=True),
-    Case("pointwise", 1, 24, 33, 3, (1, 1), "relu6", bias="shared", residual=True),
-    Case("pointwise", 2, 17, 33, 11, (5, 1), "hardswish"),
-    Case("pointwise", 3, 40, 20, 1, (2, 5, 3), "relu", residual=True),
-    # the terms one by one
-    Case("pointwise", 2, 19, 20, 4, (7, 7), lam=False),
+    *test_ops_pointwise.CASES,
+    # whole pairs of channels without a residual; blocks in the other order of the product
     Case("pointwise", 2, 20, 20, 4, (7, 7), dynamic=False),
-    Case("pointwise", 2, 19, 20, 4, (7, 7), lam=False, dynamic=False, bias="sample"),
-    # blocks, in both orders of the product
-    Case("pointwise", 2, 12, 20, 3, (3, 5), "relu6", blocks=4, bias="shared"),
     Case("pointwise", 2, 12, 20, 3, (31, 20), "relu6", blocks=4, bias="shared"),
-    Case("pointwise", 3, 14, 14, 1, (49,), "silu", blocks=7, residual=True),
-    # full tiles, whole and odd numbers of them, more than one block of pixels or of channels
-    Case("pointwise", 2, 96, 24, 4, (28, 28), "relu6", bias="shared"),
-    Case("pointwise", 1, 16, 96, 4, (31, 33), "relu", bias="sample", residual=True),
-    Case("pointwise", 3, 160, 130, 8, (7, 7), "silu", bias="shared", residual=True),
-    Case("pointwise", 1, 300, 64, 16, (14, 14), blocks=2),
+    # more than one block of channels or of pixels
     Case("pointwise", 1, 64, 450, 8, (14, 14), residual=True),
     Case("pointwise", 1, 700, 410, 8, (14, 14)),
 ]
+TILED, DEEP, LARGE = CASES[11], CASES[13], CASES[-1]
 
 
 @pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
@@ -114,7 +101,7 @@ def test_widened_values_at_every_instruction_set(layout, isa):
 def test_error_is_that_of_a_rounded_weight(layout, way):
     """W_n and T are rounded once, and the sums are fp32: far below what the tolerance leaves to bf16."""
     with products(way):
-        for case in (CASES[12], CASES[14], CASES[17]):
+        for case in (TILED, DEEP, LARGE):
             tensors = operands(case, BF16, layout, wide=True)
             got, exact = call(case, tensors, None).double(), truth(case, tensors)
             if case.activation is not None:
@@ -144,7 +131,7 @@ def test_values_at_every_tile_edge(channels, pixels, layout, way):
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_same_bits_whatever_the_threads(layout, way):
     with products(way):
-        for case in (CASES[12], CASES[14]):
+        for case in (TILED, DEEP):
             op_checks.same_bits(case, layout, None, 1, dtype=BF16)
             op_checks.same_bits(case, layout, None, 2, dtype=BF16)
 
@@ -169,7 +156,7 @@ def test_rows_of_odd_length_apart(layout, way):
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_not_a_number_stays_in_its_pixel(layout, way):
     with products(way):
-        for case in (CASES[14], CASES[12]):
+        for case in (DEEP, TILED):
             tensors = operands(case, BF16, layout)
             tensors[0] = tensors[0].clone()
             tensors[0][-1, 2, 3, 4] = float("nan")
@@ -208,7 +195,7 @@ def test_split_values(case, layout, way):
 
 @pytest.mark.parametrize("way", PRODUCTS)
 def test_highest_precision_is_exact_fp32(way):
-    case = CASES[14]
+    case = DEEP
     with products(way), matmul_precision("highest"):
         assert not OPS.cpu_splits_float32()
         tensors = operands(case, torch.float32)
@@ -258,19 +245,19 @@ def test_explain_names_the_products(way, words):
     if way not in PRODUCTS:
         pytest.skip("no avx512_bf16")
     with products(way):
-        found = explained(CASES[12], BF16)
+        found = explained(TILED, BF16)
         assert words in found.kernel
         assert words in found.notes[-1]
-        assert explained(CASES[12], torch.float32).kernel.endswith(f"({OPS.cpu_isa()})")
+        assert explained(TILED, torch.float32).kernel.endswith(f"({OPS.cpu_isa()})")
     if OPS.cpu_products_obstacle("amx") == "this CPU has no amx-tile":
         with products("widened"):
-            assert "no amx: this CPU has no amx-tile" in explained(CASES[12], BF16).notes[-1]
+            assert "no amx: this CPU has no amx-tile" in explained(TILED, BF16).notes[-1]
 
 
 @needs_emulation
 def test_explain_names_split_float32():
     with products("amx_emulated"), matmul_precision("high"):
-        found = explained(CASES[12], torch.float32)
+        found = explained(TILED, torch.float32)
         assert "float32 split into three products of bf16" in found.kernel
         assert "784 output pixels" in found.notes[-1]
 

@@ -13,24 +13,9 @@ struct Bfloat16 {
     uint16_t bits;
 };
 
-// y = act(W_n x + bias + residual), W_n = diag(lam_n) W0 + P Phi_n Q^T; T: bf16 or fp32
+// T: bf16 or fp32; packed is not read
 template <class T>
-struct MixedParams {
-    int64_t batch, in_channels, out_channels, pixels;
-    bool channels_last;      // the layout of every map below
-    int64_t latent, blocks;  // latent channels of one block; latent = 0: no dynamic residual
-    Map<const T> input;      // [N, Ci, P]
-    const T* weight;         // [Co, Ci]
-    const T* p;              // [Co, L]
-    const T* q;              // [Ci, L]
-    const float* phi;        // [N, B, L, L]
-    const float* lam;        // [N, Co] or null
-    const float* bias;       // [Co] (bias_sample = 0), [N, Co] or null
-    int64_t bias_sample;
-    Map<const T> residual;  // [N, Co, P] or null
-    Map<T> output;          // [N, Co, P]
-    int activation;
-};
+using MixedParams = PointwiseParams<T, float>;
 
 // What one way of multiplying offers.
 struct MixedKernels {

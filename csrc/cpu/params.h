@@ -25,7 +25,8 @@ struct Map {
 };
 
 // y = act(W_n x + bias + residual), W_n = diag(lam_n) W0 + P Phi_n Q^T   (paper Eq. 6; blocks: Eq. 7)
-template <class T>
+// S is the type of its sums and coefficients.
+template <class T, class S = T>
 struct PointwiseParams {
     int64_t batch, in_channels, out_channels, pixels;
     bool channels_last;      // the layout of every map below
@@ -33,10 +34,10 @@ struct PointwiseParams {
     Map<const T> input;      // [N, Ci, P]
     const T* weight;         // [Co, Ci]
     const T* p;              // [Co, L]
-    const T* phi;            // [N, B, L, L]
+    const S* phi;            // [N, B, L, L]
     const T* q;              // [Ci, L]
-    const T* lam;            // [N, Co] or null
-    const T* bias;           // [Co] (bias_sample = 0), [N, Co] or null
+    const S* lam;            // [N, Co] or null
+    const S* bias;           // [Co] (bias_sample = 0), [N, Co] or null
     int64_t bias_sample;
     Map<const T> residual;  // [N, Co, P] or null
     Map<T> output;          // [N, Co, P]

@@ -44,23 +44,14 @@ def obstacle(input: Tensor) -> str:
     return ""
 
 
-def can_run(
-    op: str,
-    input: Tensor,
-    weight: Tensor,
-    p: Tensor | None = None,
-    phi: Tensor | None = None,
-    q: Tensor | None = None,
-    lam: Tensor | None = None,
-    where: Geometry | None = None,
-) -> tuple[bool, str]:
+def can_run(op: str, input: Tensor, *operands: Tensor | Geometry | None) -> tuple[bool, str]:
     """Whether the CUDA kernels take a checked call, and why not; arguments as for the CPU backend."""
     if op != "depthwise":
         return False, "only the depthwise convolution has a CUDA kernel"
     reason = obstacle(input)
     if reason:
         return False, reason
-    return supports(op, input, weight, p, phi, q, lam, where)
+    return supports(op, input, *operands)
 
 
 def supports(

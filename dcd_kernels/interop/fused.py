@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from .. import extension, functional
 from ..backends import branch as kernels
 from ..backends import selection
-from ..nn.branch import GATES, LAM_ACTIVATIONS
-from ..nn.branch import _linear as linear
-from ..nn.branch import _pool as pooled
+from ..nn.branch import GATES, LAM_ACTIVATIONS, linear, pooled
 from . import layers, norms
 
 if extension.LOADED:

@@ -74,7 +74,7 @@ def _slice_means(input: Tensor, pool_size: tuple[int, ...], dtype: torch.dtype) 
     return input.flatten(1)
 
 
-def _pool(input: Tensor, pool_size: tuple[int, ...] | None) -> Tensor:
+def pooled(input: Tensor, pool_size: tuple[int, ...] | None) -> Tensor:
     """Adaptive average pooling of ``(N, C, *spatial)`` to ``(N, C·∏pool_size)``, in fp32 or better."""
     dtype = _accumulator(input)
     if input.dim() == 2:
@@ -95,7 +95,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
+def linear(layer: nn.Linear, input: Tensor) -> Tensor:
     """``layer(input)`` in the dtype of ``input``, which may be wider than the parameters'."""
     if layer.weight.dtype == input.dtype:
         return layer(input)
@@ -310,15 +310,15 @@ class DynamicBranch(nn.Module):
             return self._fused(input, sums, squeeze, gate, expand)
         with _without_autocast(input.device.type):
             if sums is None:
-                pooled = _pool(input, self.pool_size)
+                means = pooled(input, self.pool_size)
             else:
-                pooled = sums.sum(1, dtype=_accumulator(input)) / input.shape[2:].numel()
-            hidden = _linear(squeeze, pooled)
+                means = sums.sum(1, dtype=_accumulator(input)) / input.shape[2:].numel()
+            hidden = linear(squeeze, means)
             if gate is not None:
-                hidden = hidden * _hardsigmoid2(_linear(gate, hidden))
+                hidden = hidden * _hardsigmoid2(linear(gate, hidden))
             else:
                 hidden = GATES[self.gate_name](hidden)
-            logits = _linear(expand, hidden)
+            logits = linear(expand, hidden)
             if self.dropout:
                 logits = F.dropout(logits, self.dropout, self.training)
             lam = phi = None

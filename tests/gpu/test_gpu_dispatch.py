@@ -11,8 +11,7 @@ import test_ops_apply
 import test_ops_pointwise
 import torch
 from on_device import DEPTHWISE, ON_GPU, takes
-from operands import LAYOUTS, call, operands
-from test_grad import name
+from operands import LAYOUTS, call, label, operands
 
 from dcd_kernels.checks import ACTIVATIONS
 
@@ -36,13 +35,13 @@ def compiler():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_opcheck(case, layout, device):
     op_checks.opcheck(case, torch.float32, layout, device=device)
 
 
 @pytest.mark.parametrize("wide", (False, True), ids=("half", "wide"))
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_opcheck_half(case, wide, device):
     # without an activation: opcheck compares element by element, also sums in which everything cancels
     case = replace(case, activation=None)
@@ -50,7 +49,7 @@ def test_opcheck_half(case, wide, device):
 
 
 @pytest.mark.parametrize("needs", (0b111111, 0b000001, 0b101010, 0))
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_opcheck_backward(case, needs, device):
     for layout in LAYOUTS[:2]:
         op_checks.opcheck_backward(case, torch.float32, layout, needs, device=device)
@@ -77,7 +76,7 @@ def assert_alike(mine, right) -> None:
 @pytest.mark.parametrize(
     ("backend", "dtype"), (("aot_eager", torch.float32), ("inductor", torch.bfloat16)), ids=str
 )
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_compile(case, backend, dtype, device):
     """fullgraph, forward and backward, for a second batch size too."""
 
@@ -101,7 +100,7 @@ def test_compile(case, backend, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_autocast(case, dtype, device):
     """The images and matrices go to the autocast dtype, lam, phi and bias stay in float32."""
     tensors = operands(case, requires_grad=True, device=device)
@@ -125,7 +124,7 @@ def test_autocast(case, dtype, device):
             assert_alike(got, half.to(got.dtype))
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_autocast_under_compile(case, device):
     def function(*tensors):
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -138,7 +137,7 @@ def test_autocast_under_compile(case, device):
     assert_alike(mine, right)
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=name)
+@pytest.mark.parametrize("case", WHOLE, ids=label)
 def test_fake_tensors_have_the_strides_of_real_ones(case, device):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

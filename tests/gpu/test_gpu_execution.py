@@ -13,8 +13,7 @@ import test_ops_pointwise
 import torch
 import torch.nn.functional as F
 from on_device import BF16_WIDE, DEPTHWISE, ON_GPU, module_backend, random_map
-from operands import call, operands
-from test_grad import name
+from operands import call, label, operands
 
 import dcd_kernels as dcd
 from dcd_kernels.nn import DCDConv2d
@@ -113,7 +112,7 @@ def test_tiles_are_measured_once_and_remembered(cuda, tuned, tmp_path):
 # --- streams and devices
 
 
-@pytest.mark.parametrize("case", OPS, ids=name)
+@pytest.mark.parametrize("case", OPS, ids=label)
 def test_side_stream(case, cuda):
     """On another stream, on an input that is not there before that stream has slept."""
     tensors = operands(case, torch.bfloat16, "channels_last", wide=True, device=cuda)
@@ -129,7 +128,7 @@ def test_side_stream(case, cuda):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("case", OPS, ids=name)
+@pytest.mark.parametrize("case", OPS, ids=label)
 def test_second_device(case, cuda):
     """Tensors elsewhere than on the current device: their device counts."""
     if torch.cuda.device_count() < 2:
@@ -234,7 +233,7 @@ def test_a_per_sample_weight_would_be_seen(cuda):
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize("case", OPS, ids=name)
+@pytest.mark.parametrize("case", OPS, ids=label)
 def test_same_inputs_same_bits(case, layout, device):
     op_checks.same_bits(case, layout, None, 1, device=device)
     op_checks.same_bits(case, layout, None, 1, device=device, dtype=BF16_WIDE.dtype)

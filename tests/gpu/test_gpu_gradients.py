@@ -7,7 +7,7 @@ import pytest
 import test_grad
 import torch
 from on_device import BF16_WIDE, DEPTHWISE, IEEE, MAIN, PRECISIONS, takes
-from operands import LAYOUTS, Case, call, operands
+from operands import LAYOUTS, Case, call, label, operands
 
 STENCILS = [c for c in DEPTHWISE + test_grad.CASES if c.op == "depthwise" and takes(c)]
 CASES = [case for case in test_grad.CASES if case.op != "depthwise"] + STENCILS
@@ -37,13 +37,13 @@ def check(case, precision, layout, device):
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("case", CASES, ids=test_grad.name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_values(case, layout, precision, device):
     check(case, precision, layout, device)
 
 
 @pytest.mark.parametrize("precision", MAIN, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=test_grad.name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_values_of_misaligned_slices(case, precision, device):
     check(case, precision, "sliced", device)
 
@@ -51,13 +51,13 @@ def test_values_of_misaligned_slices(case, precision, device):
 @pytest.mark.parametrize("deterministic", (True, False), ids=("deterministic", "any order"))
 @pytest.mark.parametrize("precision", (IEEE, BF16_WIDE), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("case", LAYERS, ids=test_grad.name)
+@pytest.mark.parametrize("case", LAYERS, ids=label)
 def test_values_of_whole_layers(case, layout, precision, deterministic, device):
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     check(case, precision, layout, device)
 
 
-@pytest.mark.parametrize("case", test_grad.WHOLE, ids=test_grad.name)
+@pytest.mark.parametrize("case", test_grad.WHOLE, ids=label)
 def test_gradients_that_are_expanded(case, device):
     """sum().backward() sends strides of zero."""
     if not takes(case):
@@ -73,7 +73,7 @@ def test_gradients_that_are_expanded(case, device):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("case", [c for c in test_grad.WHOLE if c.op != "depthwise"], ids=test_grad.name)
+@pytest.mark.parametrize("case", [c for c in test_grad.WHOLE if c.op != "depthwise"], ids=label)
 def test_second_order(case, device):
     """A gradient penalty: the same kernels once more, against the reference in float64."""
     found = []

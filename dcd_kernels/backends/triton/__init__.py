@@ -43,16 +43,7 @@ def _missing() -> str:
 _MISSING = _missing()
 
 
-def can_run(
-    op: str,
-    input: Tensor,
-    weight: Tensor,
-    p: Tensor | None = None,
-    phi: Tensor | None = None,
-    q: Tensor | None = None,
-    lam: Tensor | None = None,
-    where: Geometry | None = None,
-) -> tuple[bool, str]:
+def can_run(op: str, input: Tensor, *operands: Tensor | Geometry | None) -> tuple[bool, str]:
     """Whether the Triton kernels take a checked call, and why not; arguments as for the CPU backend."""
     if _MISSING:
         return False, _MISSING
@@ -61,7 +52,7 @@ def can_run(
     if not torch.version.hip and capability(input.device.index) < MINIMUM_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (capability(input.device.index), MINIMUM_CAPABILITY))
         return False, f"compute capability {have}, these kernels need {need}"
-    return supports(op, input, weight, p, phi, q, lam)
+    return supports(op, input, *operands)
 
 
 def supports(
@@ -70,8 +61,7 @@ def supports(
     weight: Tensor,
     p: Tensor | None = None,
     phi: Tensor | None = None,
-    q: Tensor | None = None,
-    lam: Tensor | None = None,
+    *_,
 ) -> tuple[bool, str]:
     """The part of `can_run` that does not depend on the machine."""
     if op not in _KERNELS:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The operators on Triton kernels: checked operands in, launches, tensors out.
 
-Each function has the signature of the op of its name (csrc/ops_*.cpp); the package registers them for CUDA.
+Each function takes the arguments of the op of its name (csrc/ops_*.cpp); the package registers them for CUDA.
 Block-diagonal factors (Eq. 7) are widened to dense ones of B·L latent channels first: they are parameters and
 L×L matrices, small beside an image, and the kernels stay free of blocks.
 """
@@ -22,27 +22,20 @@ SMALL_MAP = 16  # pixels under which a sample fills no matrix unit: its sums are
 _Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def pointwise(
-    input: Tensor,
-    weight: Tensor,
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: int,
-) -> Tensor:
+def pointwise(*call: Tensor | int | None) -> Tensor:
     """y = act(λ⊙(W0 x) + P Φ Qᵀ x + bias + residual)."""
-    operands.check_pointwise(input, weight, p, phi, q, lam, bias, residual, activation)
-    out = empty_map(input, weight.shape[0], input.shape[2:])
-    if out.numel():
-        p, phi, q = operands.widen(p, phi, q)
-        _forward(input, weight, p, phi, q, lam, bias, residual, activation, out)
-    return out
+    return _pointwise(*call)[0]
 
 
-def pointwise_pooled(
+def pointwise_pooled(*call: Tensor | int | None) -> tuple[Tensor, Tensor]:
+    """`pointwise` and its output's channel sums (N, Co) in float32, of the values before rounding."""
+    out, sums = _pointwise(*call, pooled=True)
+    if sums is None:
+        return out, out.new_zeros(out.shape[:2], dtype=torch.float32)
+    return out, sums.sum(1)
+
+
+def _pointwise(
     input: Tensor,
     weight: Tensor,
     p: Tensor | None,
@@ -52,15 +45,21 @@ def pointwise_pooled(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: int,
-) -> tuple[Tensor, Tensor]:
-    """`pointwise` and its output's channel sums (N, Co) in float32, of the values before rounding."""
+    pooled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The output and, if ``pooled`` and it is not empty, partial channel sums of it (N, parts, Co)."""
     operands.check_pointwise(input, weight, p, phi, q, lam, bias, residual, activation)
     out = empty_map(input, weight.shape[0], input.shape[2:])
     if not out.numel():
-        return out, out.new_zeros((input.shape[0], weight.shape[0]), dtype=torch.float32)
+        return out, None
     p, phi, q = operands.widen(p, phi, q)
-    sums = _forward(input, weight, p, phi, q, lam, bias, residual, activation, out, pooled=True)
-    return out, sums.sum(1)
+    x, y, skip = image(input), image(out), None if residual is None else image(residual)
+    options = {"bias": bias, "residual": skip, "activation": activation, "pooled": pooled}
+    if phi is not None and synthesised.pays(weight.shape[1], pixels_of(input), input.dtype):
+        return out, synthesised.run(x, weight, q, phi, p, lam, y, **options)
+    scales = product.NO_LAM if lam is None else product.LAM_ON_OUTPUT
+    options |= {"lam": lam, "scales": scales, "static": product.COMPUTED}
+    return out, product.run(x, weight, q, phi, p, y, **options)
 
 
 def pointwise_backward(
@@ -108,7 +107,21 @@ def apply(
     out = empty_map(static, static.shape[1], static.shape[2:])
     if out.numel():
         p, phi, q = operands.widen(p, phi, q)
-        _addition(static, input, p, phi, q, lam, bias, residual, activation, out)
+        product.run(
+            image(static if p is None else input),
+            None,
+            q,
+            phi,
+            p,
+            image(out),
+            lam=lam,
+            scales=product.NO_LAM if lam is None else product.LAM_ON_OUTPUT,
+            bias=bias,
+            residual=None if residual is None else image(residual),
+            activation=activation,
+            static=product.GIVEN,
+            given=image(static),
+        )
     return out
 
 
@@ -158,59 +171,6 @@ def latent_moments(input: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         nothing = input.new_full(shape, float("nan"), dtype=torch.float32)
         return nothing, nothing.unsqueeze(2).expand(*shape, shape[1]).contiguous()
     return moments.run(input, q)
-
-
-def _forward(
-    input: Tensor,
-    weight: Tensor,
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: int,
-    out: Tensor,
-    pooled: bool = False,
-) -> Tensor | None:
-    """Writes out; returns its partial channel sums (N, parts, Co) if ``pooled``."""
-    x, y, skip = image(input), image(out), None if residual is None else image(residual)
-    options = {"bias": bias, "residual": skip, "activation": activation, "pooled": pooled}
-    if phi is not None and synthesised.pays(weight.shape[1], pixels_of(input), input.dtype):
-        return synthesised.run(x, weight, q, phi, p, lam, y, **options)
-    scales = product.NO_LAM if lam is None else product.LAM_ON_OUTPUT
-    return product.run(x, weight, q, phi, p, y, lam=lam, scales=scales, static=product.COMPUTED, **options)
-
-
-def _addition(
-    static: Tensor,
-    input: Tensor,
-    p: Tensor | None,
-    phi: Tensor | None,
-    q: Tensor | None,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: int,
-    out: Tensor,
-) -> None:
-    """Writes out = act(λ⊙static + P Φ Qᵀ x + bias + residual)."""
-    x = image(static if p is None else input)
-    product.run(
-        x,
-        None,
-        q,
-        phi,
-        p,
-        image(out),
-        lam=lam,
-        scales=product.NO_LAM if lam is None else product.LAM_ON_OUTPUT,
-        bias=bias,
-        residual=None if residual is None else image(residual),
-        activation=activation,
-        static=product.GIVEN,
-        given=image(static),
-    )
 
 
 def _transposed(

@@ -16,7 +16,7 @@ import test_ops_apply
 import test_ops_pointwise
 import torch
 from cases import assert_close_to_truth, in_layout
-from operands import HALF, LAYOUTS, Case, call, operands, plain
+from operands import HALF, LAYOUTS, Case, call, label, operands, plain
 
 from dcd_kernels.checks import ACTIVATIONS
 
@@ -63,12 +63,8 @@ CASES = POINTWISE + APPLY
 WHOLE = {case.op: case for case in (POINTWISE[2], APPLY[2])}
 
 
-def name(case: Case) -> str:
-    return f"{case.op}-{case}"
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_values(case, layout, launches):
     op_checks.values(case, torch.float32, layout, None)
 
@@ -88,32 +84,32 @@ MIXED = [
 
 @pytest.mark.parametrize(("layout", "wide"), MIXED)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_values_half(case, dtype, layout, wide, launches):
     op_checks.values(case, dtype, layout, None, wide=wide)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("case", WHOLE.values(), ids=name)
+@pytest.mark.parametrize("case", WHOLE.values(), ids=label)
 def test_values_of_each_activation(case, activation, launches):
     op_checks.values(replace(case, activation=activation), torch.float32, "channels_last", None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_gradients(case, layout, launches):
     test_grad.check_values(case, torch.float32, layout, None)
 
 
 @pytest.mark.parametrize(("layout", "wide"), MIXED)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_gradients_half(case, dtype, layout, wide, launches):
     test_grad.check_values(case, dtype, layout, None, wide=wide)
 
 
 @pytest.mark.parametrize("layout", (LAYOUTS[0], pytest.param(LAYOUTS[1], marks=pytest.mark.full)))
-@pytest.mark.parametrize("case", WHOLE.values(), ids=name)
+@pytest.mark.parametrize("case", WHOLE.values(), ids=label)
 def test_any_strides_of_the_gradient(case, layout, launches):
     test_grad.test_any_strides_of_the_gradient(case, layout, "relu")
 
@@ -134,25 +130,27 @@ def test_subsets_of_the_returns(launches):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [case for case in test_grad.TINY if case.lam and case.op in WHOLE], ids=name)
+@pytest.mark.parametrize(
+    "case", [case for case in test_grad.TINY if case.lam and case.op in WHOLE], ids=label
+)
 def test_each_subset_of_the_returns(case, launches):
     test_grad.test_each_subset_of_the_returns(case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("case", CASES[::4], ids=name)
+@pytest.mark.parametrize("case", CASES[::4], ids=label)
 def test_same_inputs_same_bits(case, layout, launches):
     op_checks.same_bits(case, layout, None, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("case", [case for case in CASES if case.residual][::2], ids=name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.residual][::2], ids=label)
 def test_nan_and_infinity_in_the_residual(case, layout, launches):
     op_checks.propagation_through_residual(case, layout, None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("case", (*WHOLE.values(), POINTWISE[4], POINTWISE[13], APPLY[11]), ids=name)
+@pytest.mark.parametrize("case", (*WHOLE.values(), POINTWISE[4], POINTWISE[13], APPLY[11]), ids=label)
 def test_nan_and_infinity(case, layout, launches):
     op_checks.infinity_is_not_lost(case, layout, None)
     for place, factor in enumerate(case.names[:6]):
@@ -160,7 +158,7 @@ def test_nan_and_infinity(case, layout, launches):
             op_checks.nan_stays_in_its_pixels(case, layout, None, place)
 
 
-@pytest.mark.parametrize("case", WHOLE.values(), ids=name)
+@pytest.mark.parametrize("case", WHOLE.values(), ids=label)
 def test_mixed_layouts_of_the_images(case, launches):
     images = [i for i, factor in enumerate(case.names) if factor in ("input", "static", "residual")]
     for own in LAYOUTS[:2]:
