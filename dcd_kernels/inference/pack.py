@@ -61,6 +61,11 @@ def weights(matrix: Tensor, narrow: bool, run: int = 0) -> Tensor:
     return paired.permute(0, 2, 3, 1, 4).to(torch.bfloat16)
 
 
+def size_of(packed: Tensor) -> int:
+    """The numbers of float32 in whose place ``packed`` lies."""
+    return packed.numel() // 2 if packed.dtype is torch.bfloat16 else packed.numel()
+
+
 @dataclass
 class Affine:
     """What a norm in eval mode does to a channel: factor ⊙ x + shift."""
