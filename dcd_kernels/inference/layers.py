@@ -151,10 +151,13 @@ def convolution_of(module: nn.Module, recipe: patch.Recipe | None, dtype: torch.
         raise Unsupported("it is in training mode")
     if any(map(is_altered, module.modules())):
         raise Unsupported("it has hooks, or a forward of its own")
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point() and (tensor.dtype is not dtype or not tensor.is_cpu):
-            name = str(dtype).removeprefix("torch.")
-            raise Unsupported(f"it is in {tensor.dtype} on {tensor.device}, not {name} on the CPU")
+    for child in module.modules():
+        # torch takes norms in float32 beside images in bfloat16
+        served = (dtype, torch.float32) if torch_layers.is_batch_norm(child) else (dtype,)
+        for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False)):
+            if tensor.is_floating_point() and (tensor.dtype not in served or not tensor.is_cpu):
+                name = str(dtype).removeprefix("torch.")
+                raise Unsupported(f"it is in {tensor.dtype} on {tensor.device}, not {name} on the CPU")
     if any("weight" in vars(type(child)) for child in module.modules()):
         raise Unsupported("its weight is computed (parametrised)")
     kind = type(module)

@@ -33,7 +33,8 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
     r"""A copy of ``model`` that computes the same: inference on the CPU, in one call if possible.
 
     In the dtype of its parameters, float32 or bfloat16: images and the weights of ``model.bfloat16()`` lie in
-    memory as bfloat16, sums, λ, Φ, biases and norms are float32; each layer rounds its result once.
+    memory as bfloat16, sums, λ, Φ and biases are float32, and each layer rounds its result once. Norms, which
+    are folded before weights are rounded, may be left in float32.
 
     Norms are folded into the layers before them, and activations, sums and the pooling for the next layer's
     branch are computed where their input is made; a pointwise layer and the depthwise one behind it run row

@@ -167,11 +167,13 @@ def test_norms_are_folded_before_weights_are_rounded():
     assert not torch.equal(twice, once.to(BF16))
 
 
-def test_norms_in_float32():
-    network = narrow(mobilenet())
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.float()
+@pytest.mark.parametrize("make", [mobilenet, released_form, accelerated])
+def test_norms_in_float32(make):
+    network = narrow(make())
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.float()
+    assert norms and all(norm.running_var.dtype is torch.float32 for norm in norms)
     assert_right(network, picture(2, 3, 33, 40))
 
 
