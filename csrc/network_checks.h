@@ -122,8 +122,9 @@ class NetworkChecks {
         bound("dilation_w", s.dilation_w, 1, kMostGeometry);
     }
 
-    // lam, Phi and what goes with them: how many numbers the columns of Q or R, and the rows of P, are.
-    void dynamic(const NetworkStep& s, int64_t left, int64_t right) const {
+    // lam, Phi and what goes with them. `left` is the length of Q's or R's columns; in bf16 those and P's
+    // rows may be pairs.
+    void dynamic(const NetworkStep& s, int64_t left, bool paired) const {
         bound("latent", s.latent, 0, kMost);
         STD_TORCH_CHECK(s.lam_channels == 0 || s.lam_channels == wide(s.out_channels), "program: step ",
                         step_, " must have lam for none or all ", wide(s.out_channels),
@@ -133,7 +134,7 @@ class NetworkChecks {
         else
             bound("coefficients", s.coefficients, -1, -1);
         if (!s.latent) return;
-        constant("p", s.p, {wide(s.out_channels), right});
+        constant("p", s.p, {wide(s.out_channels), paired ? depth(s.latent) : s.latent});
         constant("q", s.q, {wide(s.latent), left});
         optional("latent_bias", s.latent_bias, s.latent);
     }
@@ -249,7 +250,7 @@ class NetworkChecks {
             {wide(s.out_channels), s.winograd ? kPoints : s.kernel_h * s.kernel_w, depth(s.in_channels)});
         optional("static_bias", s.static_bias, s.out_channels);
         optional("bias", s.bias, s.out_channels);
-        dynamic(s, depth(s.in_channels), depth(s.latent));
+        dynamic(s, depth(s.in_channels), true);
     }
 
     void check_depthwise(const NetworkStep& s) {
@@ -273,7 +274,7 @@ class NetworkChecks {
         }
         constant("weight", s.weight, {wide(s.out_channels), s.kernel_h, s.kernel_w});
         optional("bias", s.bias, s.out_channels);
-        dynamic(s, s.kernel_h * s.kernel_w, s.latent);  // filters are fp32
+        dynamic(s, s.kernel_h * s.kernel_w, false);  // filters are fp32
     }
 
     void check_linear(const NetworkStep& s) const {
@@ -282,7 +283,7 @@ class NetworkChecks {
         constant("weight", s.weight, {wide(s.out_channels), depth(s.in_channels)});
         optional("static_bias", s.static_bias, s.out_channels);
         optional("bias", s.bias, s.out_channels);
-        dynamic(s, depth(s.in_channels), depth(s.latent));
+        dynamic(s, depth(s.in_channels), true);
     }
 
     void check_branch(const NetworkStep& s) const {
