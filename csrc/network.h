@@ -9,9 +9,9 @@ namespace dcd {
 
 // Images lie in memory as [N, planes, H, W, 16]: sixteen neighbouring channels are neighbours, whatever the
 // instruction set, and the last plane is filled up with zeros. Weights follow: [planes of Co, taps, Ci, 16].
-// A network is in fp32, or in bf16 (`narrow`): then images are bf16, and weights that are summed over channels
-// are pairs of bf16, [planes of Co, taps, (Ci + 1) / 2, 16, 2], one pair in the place of a number; all else is
-// fp32, vectors, lam and Phi, biases and the filters of depthwise layers, and so are all sums.
+// A network is in fp32, or in bf16 (`narrow`): then images are bf16, and weights that are summed over
+// channels are pairs of bf16, [planes of Co, taps, (Ci + 1) / 2, 16, 2], one pair in the place of a number;
+// all else is fp32, vectors, lam and Phi, biases and the filters of depthwise layers, and so are all sums.
 constexpr int64_t kBlock = 16;
 
 inline int64_t planes_of(int64_t channels) {
