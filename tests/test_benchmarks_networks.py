@@ -149,6 +149,20 @@ def test_bfloat16_has_a_limit_of_its_own(written):
     assert not nothing.right
 
 
+@pytest.mark.skipif(not extension.LOADED, reason="needs compiled kernels")
+def test_ours_in_bfloat16(written):
+    # at this size the dynamic network is chaotic: in bf16 no two roundings agree
+    chosen = [Candidate(OURS_BF16, STATIC, layout) for layout in candidates.LAYOUTS]
+    result = unit.run_case(CASE, written, chosen, PLAN, 1)
+    assert [entry.status for entry in result.entries] == [RIGHT, RIGHT], result.entries
+    assert all(entry.error > 1e-4 for entry in result.entries)  # float32 has less
+    assert {row["dtype"] for row in report.rows(result, RUN)} == {"bfloat16"}
+    made = runtimes.narrowed(written[DCD])
+    norms = [module for module in made.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and all(norm.running_mean.dtype is norm.weight.dtype is torch.float32 for norm in norms)
+    assert {p.dtype for n, p in made.named_parameters() if p.dim() > 1} == {torch.bfloat16}
+
+
 def test_ours_is_refused_without_its_function(written, monkeypatch):
     import dcd_kernels as dcd
 
