@@ -127,6 +127,8 @@ struct Tile {
             multiply_half(
                 acc, w, weight_plane, [](const Weights* p) { return S::firsts(p); },
                 [&](int i) { return S::set_first(x + i * step); });
+            // both halves are loaded anew: kept in registers, they would displace the sums
+            __asm__ volatile("" ::: "memory");
             multiply_half(
                 acc, w, weight_plane, [](const Weights* p) { return S::seconds(p); },
                 [&](int i) { return S::set_second(x + i * step); });
