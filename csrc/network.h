@@ -9,10 +9,24 @@ namespace dcd {
 
 // Images lie in memory as [N, planes, H, W, 16]: sixteen neighbouring channels are neighbours, whatever the
 // instruction set, and the last plane is filled up with zeros. Weights follow: [planes of Co, taps, Ci, 16].
+// A network is in fp32, or in bf16 (`narrow`): then images are bf16, and weights that are summed over
+// channels are pairs of bf16, [planes of Co, taps, (Ci + 1) / 2, 16, 2], one pair in the place of a number;
+// all else is fp32, vectors, lam and Phi, biases and the filters of depthwise layers, and so are all sums.
 constexpr int64_t kBlock = 16;
 
 inline int64_t planes_of(int64_t channels) {
     return (channels + kBlock - 1) / kBlock;
+}
+
+// Two neighbours along the axis that is summed over, zero where there is no second one.
+struct Pair {
+    uint16_t first, second;
+};
+static_assert(sizeof(Pair) == sizeof(float));
+
+// Numbers that `channels` of a weight take in the direction of the sum.
+inline int64_t depth_of(int64_t channels, bool narrow) {
+    return narrow ? (channels + 1) / 2 : channels;
 }
 
 enum StepKind : int64_t {
@@ -23,7 +37,7 @@ enum StepKind : int64_t {
     kBranch,     // lam = act(expand gate(squeeze x)), Phi likewise, from a pooled x
     kPool,       // means over bins x bins regions
     kMaxPool,
-    kAdd,     // y = act(x + skip)
+    kAdd,     // y = act(x + skip); an image from a vector, or the other way round, where there is no skip
     kImport,  // from a tensor
     kExport,  // to a tensor
     kStepKinds
@@ -81,7 +95,8 @@ enum StepKind : int64_t {
     X(halo_h) /* zeros around an image, for whoever reads beyond it */ \
     X(halo_w) \
     X(slot) /* which piece of memory; values that are never needed at the same time may share */ \
-    X(shared) /* 1: all samples have one place, as only one is worked on at a time */
+    X(shared) /* 1: all samples have one place, as only one is worked on at a time */ \
+    X(vector) /* 1: numbers of fp32 in a network of bf16 too */
 // clang-format on
 
 #define DCD_FIELD(name) int64_t name;
@@ -93,16 +108,17 @@ struct NetworkValue {
 };
 #undef DCD_FIELD
 
-// What the op got: int64 numbers, [values, steps, slots], then each value's and each step's fields.
+// What the op got: int64 numbers, [values, steps, slots, narrow], then each value's and each step's fields.
 struct NetworkProgram {
     const NetworkValue* values;
     const NetworkStep* steps;
     int64_t value_count, step_count, slot_count;
+    int64_t narrow;  // 1: a network in bf16
 };
 
-// A tensor [N, C, H, W] or [N, C] of the op's, in any layout.
+// A tensor [N, C, H, W] or [N, C] of the op's, in any layout, of fp32 or bf16 like the network.
 struct NetworkTensor {
-    float* data;
+    void* data;
     int64_t channels, height, width;
     int64_t sample, channel, row, column;  // strides
 };
@@ -110,7 +126,7 @@ struct NetworkTensor {
 // A value, once the sizes of the inputs are known: its size and where it begins in the memory of a share.
 struct NetworkPlace {
     int64_t height, width;
-    int64_t begin;   // elements; streamed values have no place
+    int64_t begin;   // bytes; streamed values have no place
     int64_t sample;  // elements of one sample
 };
 
@@ -120,7 +136,7 @@ struct NetworkCall {
     int64_t constant_count;
     int64_t batch;
     int64_t shares;        // parts of the batch, each run by one thread in memory of its own
-    int64_t memory, work;  // elements: of all values of a share, and of what steps need besides
+    int64_t memory, work;  // bytes: of all values of a share, and of what steps need besides
     const NetworkTensor* inputs;
     const NetworkTensor* outputs;
     const NetworkPlace* places;  // of each value
@@ -134,7 +150,7 @@ constexpr int64_t kMaxTaps = 64, kMaxStemTaps = 256, kMaxKernel = 16;
 
 // cpu/network.cpp
 int64_t window_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation);
-// Elements that the latent of one sample takes, before and behind Phi.
+// Numbers that the latent of one sample takes, before and behind Phi.
 int64_t latent_size(const NetworkStep& step, int64_t height, int64_t width);
 
 }  // namespace dcd

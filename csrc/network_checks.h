@@ -30,6 +30,7 @@ class NetworkChecks {
             bound("channels of a value", value.channels, 1, kMost);
             bound("halo_h", value.halo_h, 0, kMostGeometry), bound("halo_w", value.halo_w, 0, kMostGeometry);
             bound("slot", value.slot, -1, program_.slot_count - 1), bound("shared", value.shared, 0, 1);
+            bound("vector", value.vector, 0, 1);
         }
         for (step_ = 0; step_ < program_.step_count; ++step_) check(program_.steps[step_]);
         for (step_ = 0; step_ < program_.step_count; ++step_)
@@ -48,6 +49,7 @@ class NetworkChecks {
                         ", got ", value, " in step ", step_);
     }
     static int64_t wide(int64_t channels) { return planes_of(channels) * kBlock; }
+    int64_t depth(int64_t channels) const { return depth_of(channels, program_.narrow); }
 
     const NetworkValue& value(const char* name, int64_t v) const {
         bound(name, v, 0, program_.value_count - 1);
@@ -67,10 +69,23 @@ class NetworkChecks {
         STD_TORCH_CHECK(found.slot >= 0, "program: ", name, " of step ", step_, " has no place in memory");
         return found;
     }
-    void read_vector(const char* name, int64_t v, int64_t channels) const {
-        const NetworkValue& found = read_memory(name, v, channels);
+    const NetworkValue& read_image(const char* name, int64_t v, int64_t channels) const {
+        image(name, v);
+        return read_memory(name, v, channels);
+    }
+    // In bf16, kernels of images read no vectors, nor the other way round.
+    void image(const char* name, int64_t v) const {
+        STD_TORCH_CHECK(!program_.narrow || !value(name, v).vector, "program: ", name, " of step ", step_,
+                        " must be an image, got a vector");
+    }
+    void vector(const char* name, const NetworkValue& found) const {
         STD_TORCH_CHECK(found.halo_h == 0 && found.halo_w == 0, "program: ", name, " of step ", step_,
                         " must be a vector, got an image with a halo");
+        STD_TORCH_CHECK(!program_.narrow || found.vector, "program: ", name, " of step ", step_,
+                        " must be a vector, got an image");
+    }
+    void read_vector(const char* name, int64_t v, int64_t channels) const {
+        vector(name, read_memory(name, v, channels));
     }
     void write(const char* name, int64_t v, int64_t channels, bool in_memory = true) {
         const NetworkValue& found = value(name, v);
@@ -84,9 +99,7 @@ class NetworkChecks {
     }
     void write_vector(const char* name, int64_t v, int64_t channels) {
         write(name, v, channels);
-        const NetworkValue& found = program_.values[v];
-        STD_TORCH_CHECK(found.halo_h == 0 && found.halo_w == 0, "program: ", name, " of step ", step_,
-                        " must be a vector, got an image with a halo");
+        vector(name, program_.values[v]);
     }
 
     // Numbers from `offset` on, as many as the product of `sizes`.
@@ -109,8 +122,9 @@ class NetworkChecks {
         bound("dilation_w", s.dilation_w, 1, kMostGeometry);
     }
 
-    // lam, Phi and what goes with them. `left` is the length of Q's or R's columns.
-    void dynamic(const NetworkStep& s, int64_t left) const {
+    // lam, Phi and what goes with them. `left` is the length of Q's or R's columns; in bf16 those and P's
+    // rows may be pairs.
+    void dynamic(const NetworkStep& s, int64_t left, bool paired) const {
         bound("latent", s.latent, 0, kMost);
         STD_TORCH_CHECK(s.lam_channels == 0 || s.lam_channels == wide(s.out_channels), "program: step ",
                         step_, " must have lam for none or all ", wide(s.out_channels),
@@ -120,7 +134,7 @@ class NetworkChecks {
         else
             bound("coefficients", s.coefficients, -1, -1);
         if (!s.latent) return;
-        constant("p", s.p, {wide(s.out_channels), s.latent});
+        constant("p", s.p, {wide(s.out_channels), paired ? depth(s.latent) : s.latent});
         constant("q", s.q, {wide(s.latent), left});
         optional("latent_bias", s.latent_bias, s.latent);
     }
@@ -164,14 +178,14 @@ class NetworkChecks {
                 check_branch(s);
                 break;
             case kPool:
-                read_memory("input", s.input, s.out_channels);
+                read_image("input", s.input, s.out_channels);
                 break;
             case kMaxPool:
                 geometry(s, kMostGeometry);
-                read_memory("input", s.input, s.out_channels);
+                read_image("input", s.input, s.out_channels);
                 break;
             case kAdd:
-                read_memory("input", s.input, s.out_channels), read_memory("skip", s.skip, s.out_channels);
+                check_add(s);
                 break;
             case kImport:
                 bound("in_channels", s.in_channels, s.out_channels, s.out_channels);
@@ -189,14 +203,29 @@ class NetworkChecks {
             return;
         }
         if (s.kind != kPool) write("output", s.output, s.out_channels, !s.streamed);
+        if (s.kind == kStem || s.kind == kDense || s.kind == kDepthwise || s.kind == kMaxPool ||
+            s.pooled != -1)
+            image(s.kind == kPool ? "input" : "output", s.kind == kPool ? s.input : s.output);
         pooled(s);
+    }
+
+    void check_add(const NetworkStep& s) const {
+        read_memory("input", s.input, s.out_channels);
+        if (s.skip == -1) return;
+        const NetworkValue& skip = read_memory("skip", s.skip, s.out_channels);
+        for (const int64_t v : {s.input, s.output})
+            STD_TORCH_CHECK(!program_.narrow || value("sum", v).vector == skip.vector, "program: step ",
+                            step_, " adds images and vectors");
     }
 
     void check_stem(const NetworkStep& s) const {
         geometry(s);
         bound("in_channels", s.in_channels, 1, kMaxStemTaps);
         bound("taps", s.in_channels * s.kernel_h * s.kernel_w, 1, kMaxStemTaps);
-        constant("weight", s.weight, {wide(s.out_channels), s.in_channels, s.kernel_h, s.kernel_w});
+        // lines are summed like channels where their pixels are neighbours
+        constant("weight", s.weight,
+                 {wide(s.out_channels), s.in_channels, s.kernel_h,
+                  s.dilation_w == 1 ? depth(s.kernel_w) : s.kernel_w});
         optional("bias", s.bias, s.out_channels);
     }
 
@@ -204,23 +233,24 @@ class NetworkChecks {
         geometry(s);
         bound("in_channels", s.in_channels, 1, kMost);
         bound("taps", s.kernel_h * s.kernel_w, 1, kMaxTaps);
-        const NetworkValue& input = read_memory("input", s.input, s.in_channels);
+        const NetworkValue& input = read_image("input", s.input, s.in_channels);
         STD_TORCH_CHECK(input.halo_h >= s.padding_h && input.halo_w >= s.padding_w, "program: step ", step_,
                         " pads by ", s.padding_h, " x ", s.padding_w, ", its input has a halo of ",
                         input.halo_h, " x ", input.halo_w);
-        if (s.skip != -1) read_memory("skip", s.skip, s.out_channels);
-        bound("winograd", s.winograd, 0, 1);
+        if (s.skip != -1) read_image("skip", s.skip, s.out_channels);
+        bound("winograd", s.winograd, 0, program_.narrow ? 0 : 1);
         if (s.winograd) {
             for (const int64_t size : {s.kernel_h, s.kernel_w})
                 bound("kernel of a Winograd step", size, 3, 3);
             for (const int64_t size : {s.stride_h, s.stride_w, s.dilation_h, s.dilation_w})
                 bound("stride or dilation of a Winograd step", size, 1, 1);
         }
-        constant("weight", s.weight,
-                 {wide(s.out_channels), s.winograd ? kPoints : s.kernel_h * s.kernel_w, s.in_channels});
+        constant(
+            "weight", s.weight,
+            {wide(s.out_channels), s.winograd ? kPoints : s.kernel_h * s.kernel_w, depth(s.in_channels)});
         optional("static_bias", s.static_bias, s.out_channels);
         optional("bias", s.bias, s.out_channels);
-        dynamic(s, s.in_channels);
+        dynamic(s, depth(s.in_channels), true);
     }
 
     void check_depthwise(const NetworkStep& s) {
@@ -230,8 +260,9 @@ class NetworkChecks {
                         "as input channels, got ",
                         s.in_channels, " and ", s.out_channels);
         if (s.producer == -1) {
-            read_memory("input", s.input, s.in_channels);
+            read_image("input", s.input, s.in_channels);
         } else {
+            image("input", s.input);
             bound("producer", s.producer, 0, step_ - 1);
             const NetworkStep& producer = program_.steps[s.producer];
             STD_TORCH_CHECK(producer.streamed && producer.output == s.input &&
@@ -243,16 +274,16 @@ class NetworkChecks {
         }
         constant("weight", s.weight, {wide(s.out_channels), s.kernel_h, s.kernel_w});
         optional("bias", s.bias, s.out_channels);
-        dynamic(s, s.kernel_h * s.kernel_w);
+        dynamic(s, s.kernel_h * s.kernel_w, false);  // filters are fp32
     }
 
     void check_linear(const NetworkStep& s) const {
         bound("in_channels", s.in_channels, 1, kMost);
         read_vector("input", s.input, s.in_channels);
-        constant("weight", s.weight, {wide(s.out_channels), s.in_channels});
+        constant("weight", s.weight, {wide(s.out_channels), depth(s.in_channels)});
         optional("static_bias", s.static_bias, s.out_channels);
         optional("bias", s.bias, s.out_channels);
-        dynamic(s, s.in_channels);
+        dynamic(s, depth(s.in_channels), true);
     }
 
     void check_branch(const NetworkStep& s) const {
@@ -260,13 +291,13 @@ class NetworkChecks {
         bound("gate_code", s.gate_code, 0, kGateEnd - 1), bound("lam_code", s.lam_code, 0, kLamEnd - 1);
         bound("lam_channels", s.lam_channels, 0, wide(s.out_channels));
         read_vector("input", s.input, s.in_channels);
-        constant("squeeze", s.squeeze, {wide(s.hidden), s.in_channels});
+        constant("squeeze", s.squeeze, {wide(s.hidden), depth(s.in_channels)});
         optional("squeeze_bias", s.squeeze_bias, s.hidden);
         if (s.gate_code == kGateSE) {
-            constant("gate", s.gate, {wide(s.hidden), s.hidden});
+            constant("gate", s.gate, {wide(s.hidden), depth(s.hidden)});
             optional("gate_bias", s.gate_bias, s.hidden);
         }
-        constant("expand", s.expand, {wide(s.out_channels), s.hidden});
+        constant("expand", s.expand, {wide(s.out_channels), depth(s.hidden)});
         optional("expand_bias", s.expand_bias, s.out_channels);
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dcd_kernels::network: a whole network, or a part of one, in one call, for inference in fp32.
+// dcd_kernels::network: a whole network, or a part of one, in one call, for inference in fp32 or bf16.
 #include <algorithm>
 
 #include "network.h"
@@ -9,7 +9,7 @@
 namespace dcd {
 namespace {
 
-constexpr int64_t kHeader = 3;
+constexpr int64_t kHeader = 4;
 constexpr int64_t kValueSize = sizeof(NetworkValue) / sizeof(int64_t),
                   kStepSize = sizeof(NetworkStep) / sizeof(int64_t);
 
@@ -20,6 +20,9 @@ NetworkProgram decode(const Tensor& program) {
     const auto* numbers = static_cast<const int64_t*>(program.const_data_ptr());
     NetworkProgram decoded{};
     decoded.value_count = numbers[0], decoded.step_count = numbers[1], decoded.slot_count = numbers[2];
+    decoded.narrow = numbers[3];
+    STD_TORCH_CHECK(decoded.narrow == 0 || decoded.narrow == 1,
+                    "program must be for float32 (0) or bfloat16 (1), got ", decoded.narrow);
     STD_TORCH_CHECK(
         decoded.value_count >= 0 && decoded.step_count >= 0 && decoded.slot_count >= 0 &&
             decoded.value_count <= program.size(0) && decoded.step_count <= program.size(0) &&
@@ -33,16 +36,21 @@ NetworkProgram decode(const Tensor& program) {
     return decoded;
 }
 
-void check_image(const Tensor& tensor, const Tensor& first) {
+// Of the images of a network.
+ScalarType type_of(const NetworkProgram& program) {
+    return program.narrow ? ScalarType::BFloat16 : ScalarType::Float;
+}
+
+void check_image(const Tensor& tensor, const Tensor& first, ScalarType type) {
     STD_TORCH_CHECK(tensor.dim() == 4 || tensor.dim() == 2,
                     "inputs must have shape (N, C, H, W) or (N, C), got ", tensor.dim(), " dimensions");
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float,
-                    "inputs must be float32 on the CPU");
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type, "inputs must be ",
+                    type == ScalarType::Float ? "float32" : "bfloat16", " on the CPU, as the program is");
     STD_TORCH_CHECK(tensor.size(0) == first.size(0), "inputs must have one batch size, got ", first.size(0),
                     " and ", tensor.size(0));
 }
 
-NetworkTensor tensor_of(const Tensor& tensor, float* data) {
+NetworkTensor tensor_of(const Tensor& tensor, void* data) {
     const bool image = tensor.dim() == 4;
     return {data,
             tensor.size(1),
@@ -97,7 +105,7 @@ std::vector<NetworkPlace> sizes_of_values(const NetworkProgram& program,
 
 // Slots one behind the other; a slot is as large as the largest value in it.
 void place(NetworkCall& call, std::vector<NetworkPlace>& places) {
-    constexpr int64_t kLine = 16;
+    constexpr int64_t kLine = 64;
     constexpr double kMost = 1e15;  // what no machine has, and 64 bits hold
     double all = 0;
     const NetworkProgram& program = call.program;
@@ -115,7 +123,8 @@ void place(NetworkCall& call, std::vector<NetworkPlace>& places) {
         place.sample = channels * rows * columns;
         if (value.slot < 0) continue;
         int64_t& size = slots[static_cast<size_t>(value.slot)];
-        size = std::max(size, place.sample * (value.shared ? 1 : samples));
+        const int64_t bytes = program.narrow && !value.vector ? 2 : 4;
+        size = std::max(size, bytes * place.sample * (value.shared ? 1 : samples));
     }
     for (int64_t& size : slots) {
         const int64_t begin = call.memory;
@@ -129,8 +138,8 @@ void place(NetworkCall& call, std::vector<NetworkPlace>& places) {
     for (int64_t i = 0; i < program.step_count; ++i) {
         const NetworkStep& s = program.steps[i];
         if (s.kind == kDense)  // of other kinds the field may say anything, and so may the output
-            call.work = std::max(call.work, latent_size(s, places[static_cast<size_t>(s.output)].height,
-                                                        places[static_cast<size_t>(s.output)].width));
+            call.work = std::max(call.work, 4 * latent_size(s, places[static_cast<size_t>(s.output)].height,
+                                                            places[static_cast<size_t>(s.output)].width));
     }
 }
 
@@ -146,10 +155,9 @@ std::vector<Tensor> network(std::vector<Tensor> inputs,  // each [N, C, H, W] or
     STD_TORCH_CHECK(!inputs.empty(), "inputs must be at least one tensor");
     std::vector<NetworkTensor> tensors, results;
     for (const Tensor& input : inputs) {
-        check_image(input, inputs[0]);
+        check_image(input, inputs[0], type_of(call.program));
         // read only: kImport and kStem have no other use for it
-        tensors.push_back(
-            tensor_of(input, const_cast<float*>(static_cast<const float*>(input.const_data_ptr()))));
+        tensors.push_back(tensor_of(input, const_cast<void*>(input.const_data_ptr())));
     }
     NetworkChecks(call.program, constants.numel()).run();
     std::vector<NetworkPlace> places = sizes_of_values(call.program, tensors);
@@ -168,9 +176,9 @@ std::vector<Tensor> network(std::vector<Tensor> inputs,  // each [N, C, H, W] or
         std::vector<int64_t> sizes{call.batch, s.out_channels};
         if (s.kernel_h) sizes.insert(sizes.end(), {size.height, size.width});
         const bool image = sizes.size() == 4;
-        outputs.push_back(image ? empty_map(sizes, channels_last, ScalarType::Float)
-                                : empty_dense(sizes, ScalarType::Float));
-        results.push_back(tensor_of(outputs.back(), static_cast<float*>(outputs.back().mutable_data_ptr())));
+        const ScalarType type = type_of(call.program);
+        outputs.push_back(image ? empty_map(sizes, channels_last, type) : empty_dense(sizes, type));
+        results.push_back(tensor_of(outputs.back(), outputs.back().mutable_data_ptr()));
     }
     if (call.batch == 0) return outputs;
     call.inputs = tensors.data(), call.outputs = results.data(), call.places = places.data();

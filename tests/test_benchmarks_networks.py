@@ -43,6 +43,7 @@ from benchmarks.networks.candidates import (
     OPENVINO_BF16,
     OURS,
     OURS_ALONE,
+    OURS_BF16,
     PEERS_DCD,
     PROTOCOL,
     REGISTRY,
@@ -93,7 +94,7 @@ def test_candidate_names_are_unique_and_in_scope():
     resnet = candidates.candidates("resnet18", 1)
     assert {candidate.form for candidate in resnet} == {STATIC, DCD, FOLDED}
     forms, chosen = candidates.scope(INFERENCE, quick=True)
-    assert COMPILED not in chosen and OPENVINO_BF16 not in chosen and baselines.DY_CONV not in forms
+    assert not {COMPILED, OPENVINO_BF16, OURS_BF16} & {*chosen} and baselines.DY_CONV not in forms
     assert candidates.scope(PROTOCOL, quick=False)[0] == (STATIC, DCD)
 
 
@@ -146,6 +147,20 @@ def test_bfloat16_has_a_limit_of_its_own(written):
     assert not narrow.right and wide.right
     nothing = checker.check(Candidate(OPENVINO_BF16, DCD), torch.zeros_like(checker.truth(DCD)))
     assert not nothing.right
+
+
+@pytest.mark.skipif(not extension.LOADED, reason="needs compiled kernels")
+def test_ours_in_bfloat16(written):
+    # at this size the dynamic network is chaotic: in bf16 no two roundings agree
+    chosen = [Candidate(OURS_BF16, STATIC, layout) for layout in candidates.LAYOUTS]
+    result = unit.run_case(CASE, written, chosen, PLAN, 1)
+    assert [entry.status for entry in result.entries] == [RIGHT, RIGHT], result.entries
+    assert all(entry.error > 1e-4 for entry in result.entries)  # float32 has less
+    assert {row["dtype"] for row in report.rows(result, RUN)} == {"bfloat16"}
+    made = runtimes.narrowed(written[DCD])
+    norms = [module for module in made.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and all(norm.running_mean.dtype is norm.weight.dtype is torch.float32 for norm in norms)
+    assert {p.dtype for n, p in made.named_parameters() if p.dim() > 1} == {torch.bfloat16}
 
 
 def test_ours_is_refused_without_its_function(written, monkeypatch):
@@ -238,6 +253,7 @@ def _timed(**seconds):
         runtime, form = name.split("__")
         timing = Timing("cpu", wall=[value] * 3, cpu=[value] * 3)
         names = {"ov": OPENVINO, "ours": OURS, "ort": ONNXRUNTIME, "bf16": OPENVINO_BF16, "alone": OURS_ALONE}
+        names["narrow"] = OURS_BF16
         form = {"static": STATIC, "dcd": DCD, "folded": FOLDED}[form]
         entries.append(Entry(Candidate(names[runtime], form), RIGHT, timing=timing))
     case = NetworkCase("mobilenet_v2_x0.5", INFERENCE, 8)
@@ -257,7 +273,10 @@ def test_best_static_and_best_of_others():
     assert figures[report.OVER_FOLDED] == pytest.approx(5.0 / 2.2)
     assert figures[report.TO_OTHERS] == pytest.approx(2.2 / 4.5)
     assert figures[report.OWN_STATIC] == pytest.approx(1.9 / 2.0)
-    assert figures[report.THREADS] is None
+    assert figures[report.THREADS] is None and figures[report.TO_OTHERS_BF16] is None
+    narrow = _timed(bf16__dcd=6.0, bf16__folded=5.0, ov__dcd=1.0, ours__dcd=1.0, narrow__dcd=3.0)
+    assert report.FIGURES[report.TO_OTHERS_BF16](narrow) == pytest.approx(3.0 / 5.0)
+    assert narrow.best(STATIC) is None and narrow.best(PEERS_DCD).candidate == Candidate(OPENVINO, DCD)
 
 
 def _bars(result, threads=1):

@@ -17,20 +17,24 @@ from .runtimes import BFLOAT16, FLOAT32, Run
 from .written import DCD, FOLDED, FORMS, is_mobilenet, to_run
 
 EAGER, COMPILED, ONNXRUNTIME, OPENVINO = "PyTorch", "torch.compile", "ONNX Runtime", "OpenVINO"
-OPENVINO_BF16, ACCELERATED, OURS_ALONE = "OpenVINO bf16", "accelerate", "ours, one thread"
-RUNTIMES = (EAGER, COMPILED, ONNXRUNTIME, OPENVINO, OPENVINO_BF16, ACCELERATED, OURS, OURS_ALONE)
+OPENVINO_BF16, OURS_BF16 = "OpenVINO bf16", f"{OURS} bf16"
+ACCELERATED, OURS_ALONE = "accelerate", "ours, one thread"
+RUNTIMES = (EAGER, COMPILED, ONNXRUNTIME, OPENVINO, OPENVINO_BF16, ACCELERATED, OURS, OURS_ALONE, OURS_BF16)
 PEERS = (EAGER, COMPILED, ONNXRUNTIME, OPENVINO)
-THIS_PACKAGE = (ACCELERATED, OURS, OURS_ALONE)
+THIS_PACKAGE = (ACCELERATED, OURS, OURS_ALONE, OURS_BF16)
+IN_BF16 = (OPENVINO_BF16, OURS_BF16)
 LAYOUTS = (NCHW, CHANNELS_LAST)
 
 INFERENCE, PROTOCOL = "inference", "protocol"
 
-# groups of groups: the fastest in float32 of any runtime, and of any that is not of this package
+# groups of groups: the fastest in float32 of any runtime, and of any that is not of this package; in bfloat16
 PEERS_DCD, PEERS_STATIC = "best DCD of others", "best static of others"
+PEERS_DCD_BF16 = "best bf16 DCD of others"
 COLLECTIVE = {
     STATIC: tuple(f"{runtime} {STATIC}" for runtime in (*PEERS, OURS)),
     PEERS_STATIC: tuple(f"{runtime} {STATIC}" for runtime in PEERS),
     PEERS_DCD: tuple(f"{runtime} {form}" for runtime in PEERS for form in (DCD, FOLDED)),
+    PEERS_DCD_BF16: tuple(f"{OPENVINO_BF16} {form}" for form in (DCD, FOLDED)),
 }
 
 
@@ -56,7 +60,7 @@ class Candidate:
 
     @property
     def precision(self) -> str:
-        return BFLOAT16 if self.runtime == OPENVINO_BF16 else FLOAT32
+        return BFLOAT16 if self.runtime in IN_BF16 else FLOAT32
 
 
 def _register() -> tuple[Candidate, ...]:
@@ -71,7 +75,7 @@ def _register() -> tuple[Candidate, ...]:
         made += [Candidate(runtime, form) for form in FORMS if form != FOLDED]
         made += [Candidate(runtime, FOLDED, form) for form in folded.FORMS]
     made += [Candidate(ACCELERATED, DCD, layout) for layout in LAYOUTS]
-    for runtime, forms in ((OURS, (STATIC, DCD)), (OURS_ALONE, (DCD,))):
+    for runtime, forms in ((OURS, (STATIC, DCD)), (OURS_ALONE, (DCD,)), (OURS_BF16, (STATIC, DCD))):
         made += [Candidate(runtime, form, layout) for form in forms for layout in LAYOUTS]
     return tuple(made)
 
@@ -84,7 +88,7 @@ def scope(task: str, quick: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if task == PROTOCOL:
         return (STATIC, DCD), (EAGER, ONNXRUNTIME, OPENVINO, ACCELERATED, OURS)
     if quick:
-        left = (COMPILED, OPENVINO_BF16)
+        left = (COMPILED, *IN_BF16)
         return (STATIC, DCD, FOLDED), tuple(runtime for runtime in RUNTIMES if runtime not in left)
     return FORMS, RUNTIMES
 
@@ -133,5 +137,5 @@ class Builder:
             return runtimes.compiled(network, layout)
         if candidate.runtime == ACCELERATED:
             return runtimes.accelerated(network, layout)
-        run = runtimes.optimized(network, layout)
-        return run if candidate.runtime == OURS else runtimes.on_one_thread(run, self.threads)
+        run = runtimes.optimized(network, layout, candidate.precision)
+        return run if candidate.runtime != OURS_ALONE else runtimes.on_one_thread(run, self.threads)

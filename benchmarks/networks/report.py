@@ -15,13 +15,15 @@ from ..report import RUN_KEYS, entry_row
 from ..runner import paired_ratio
 from .candidates import (
     ACCELERATED,
+    IN_BF16,
     INFERENCE,
     OPENVINO,
-    OPENVINO_BF16,
     OURS,
     OURS_ALONE,
+    OURS_BF16,
     PEERS,
     PEERS_DCD,
+    PEERS_DCD_BF16,
     PEERS_STATIC,
     PROTOCOL,
 )
@@ -82,6 +84,7 @@ TO_STATIC = f"{OURS_DCD} ÷ best {STATIC} of any runtime"
 TO_OTHER_STATIC = f"{OURS_DCD} ÷ {PEERS_STATIC}"
 OVER_FOLDED = f"{OPENVINO_FOLDED} ÷ {OURS_DCD}"
 TO_OTHERS = f"{OURS_DCD} ÷ {PEERS_DCD}"
+TO_OTHERS_BF16 = f"{OURS_BF16} {DCD} ÷ {PEERS_DCD_BF16}"
 OWN_STATIC = f"{OURS_STATIC} ÷ {OPENVINO_STATIC}"
 THREADS = f"{OURS_DCD}: one thread ÷ two"
 STEP = f"step, paper's form on {OURS} ÷ {STATIC}"
@@ -91,6 +94,7 @@ FIGURES = {
     TO_OTHER_STATIC: _figure(OURS_DCD, PEERS_STATIC),
     OVER_FOLDED: _figure(OPENVINO_FOLDED, OURS_DCD),
     TO_OTHERS: _figure(OURS_DCD, PEERS_DCD),
+    TO_OTHERS_BF16: _figure(f"{OURS_BF16} {DCD}", PEERS_DCD_BF16),
     OWN_STATIC: _figure(OURS_STATIC, OPENVINO_STATIC),
     THREADS: _figure(f"{OURS_ALONE} {DCD}", OURS_DCD),
     STEP: _figure(PAPER, STATIC),
@@ -108,6 +112,7 @@ BARS = (
     *(Bar("aim", 1.09, True, name, INFERENCE, n, TO_STATIC) for name in MOBILENETS for n in (1, 8)),
     *(Bar("aim", 1.05, True, name, INFERENCE, n, TO_STATIC) for name in RESNETS for n in (1, 8)),
     *(Bar("aim", 1.02, True, name, INFERENCE, n, OWN_STATIC) for name in MOBILENETS for n in (1, 8)),
+    *(Bar("aim", 1.00, True, name, INFERENCE, n, TO_OTHERS_BF16) for name in NETWORKS for n in (1, 8)),
 )
 
 
@@ -159,7 +164,7 @@ def print_summary(console: Console, results: Sequence[NetworkResult]) -> None:
                 runtime,
                 *(milliseconds(entry.timing.median) if entry else "-" for entry in best.values()),
                 *(cell(ratio, ".2f") for ratio in ratios),
-                style="bold" if runtime == OURS else "dim" if runtime == OPENVINO_BF16 else None,
+                style="bold" if runtime == OURS else "dim" if runtime in IN_BF16 else None,
             )
         table.add_section()
     if table.row_count:

@@ -11,12 +11,14 @@ from ..candidates import STATIC, TRAINING
 from .candidates import (
     COMPILED,
     EAGER,
+    IN_BF16,
     INFERENCE,
     ONNXRUNTIME,
     OPENVINO,
     OPENVINO_BF16,
     OURS,
     OURS_ALONE,
+    OURS_BF16,
     PROTOCOL,
 )
 from .runtimes import PACKAGES
@@ -32,6 +34,7 @@ LINES = (
     (OPENVINO, FOLDED, f"{OPENVINO}, folded by hand"),
     (OPENVINO_BF16, DCD, f"{OPENVINO}, bfloat16"),
     (OURS, DCD, f"**{OURS}**"),
+    (OURS_BF16, DCD, f"**{OURS}, bfloat16**"),
 )
 BATCHES = (1, 8)
 
@@ -167,7 +170,7 @@ def chart(rows: Rows, path: pathlib.Path) -> bool:
 
     series: dict[str, dict[tuple[int, str], float]] = {}
     for runtime, form, title in LINES:
-        if runtime == OPENVINO_BF16:
+        if runtime in IN_BF16:
             continue
         for batch in BATCHES:
             for network in NETWORKS:

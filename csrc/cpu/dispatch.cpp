@@ -23,11 +23,13 @@ struct InstructionSet {
     bool usable;
     const Kernels<float>* kernels;
     void (*network)(const NetworkCall&, const Runtime&);
+    void (*network_bf16)(const NetworkCall&, const Runtime&);
     const MixedKernels* widened;
 };
 
 const InstructionSet* instruction_sets(int* count) {
-#define DCD_ROW(name, usable) {#name, usable, &name::kernels_float, &name::run_network, &name::mixed},
+#define DCD_ROW(name, usable) \
+    {#name, usable, &name::kernels_float, &name::run_network, &name::run_network_bf16, &name::mixed},
     static const InstructionSet sets[] = {DCD_INSTRUCTION_SETS(DCD_ROW)};
 #undef DCD_ROW
     *count = static_cast<int>(sizeof(sets) / sizeof(sets[0]));
@@ -78,7 +80,14 @@ const Kernels<double>& kernels<double>() {
 }
 
 void run_network(const NetworkCall& call, const Runtime& runtime) {
-    current().load()->network(call, runtime);
+    if (call.program.narrow)
+        run_network_bf16(call, runtime);
+    else
+        current().load()->network(call, runtime);
+}
+
+void run_widened_network(const NetworkCall& call, const Runtime& runtime) {
+    current().load()->network_bf16(call, runtime);
 }
 
 const MixedKernels& widened_kernels() {

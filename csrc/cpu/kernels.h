@@ -52,11 +52,12 @@ struct Kernels {
 #    define DCD_INSTRUCTION_SETS(X) X(baseline, true)
 #endif
 
-#define DCD_DECLARE(name, usable)                         \
-    namespace name {                                      \
-    extern const Kernels<float> kernels_float;            \
-    void run_network(const NetworkCall&, const Runtime&); \
-    extern const MixedKernels mixed;                      \
+#define DCD_DECLARE(name, usable)                              \
+    namespace name {                                           \
+    extern const Kernels<float> kernels_float;                 \
+    void run_network(const NetworkCall&, const Runtime&);      \
+    void run_network_bf16(const NetworkCall&, const Runtime&); \
+    extern const MixedKernels mixed;                           \
     }
 DCD_INSTRUCTION_SETS(DCD_DECLARE)
 #undef DCD_DECLARE
@@ -71,6 +72,9 @@ bool supports_instruction_set(const char* name);
 template <class T>
 const Kernels<T>& kernels();
 void run_network(const NetworkCall& call, const Runtime& runtime);
-const MixedKernels& widened_kernels();  // bf16 through fp32 tiles
+const MixedKernels& widened_kernels();                                      // bf16 through fp32 tiles
+void run_widened_network(const NetworkCall& call, const Runtime& runtime);  // likewise
+// mixed_dispatch.cpp
+void run_network_bf16(const NetworkCall& call, const Runtime& runtime);
 
 }  // namespace dcd

@@ -90,7 +90,8 @@ extern const MixedKernels mixed;
 }
 namespace avx512_bf16 {
 extern const MixedKernels mixed;
-}
+void run_network_bf16(const NetworkCall&, const Runtime&);
+}  // namespace avx512_bf16
 namespace amx_emulated {
 extern const MixedKernels mixed;
 }
@@ -159,6 +160,13 @@ const MixedKernels& mixed_kernels() {
         default:
             return widened_kernels();
     }
+}
+
+void run_network_bf16(const NetworkCall& call, const Runtime& runtime) {
+#if defined(DCD_BF16)
+    if (products() == Products::kAvx512Bf16) return avx512_bf16::run_network_bf16(call, runtime);
+#endif
+    run_widened_network(call, runtime);  // tiles of AMX have no kernel of whole networks
 }
 
 }  // namespace dcd

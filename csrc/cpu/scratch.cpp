@@ -43,8 +43,8 @@ void* scratch(int64_t bytes, Scratch use) {
             throw std::bad_alloc();
         }
     }
-    if (poison)
-        std::memset(arena.data, 0xff, static_cast<size_t>(bytes));  // all ones is a NaN in fp32 and fp64
+    if (poison && bytes > 0)  // all ones is a NaN in bf16, fp32 and fp64
+        std::memset(arena.data, 0xff, static_cast<size_t>(bytes));
     return arena.data;
 }
 

@@ -32,11 +32,14 @@ _DROPOUTS = {F.dropout, F.dropout2d}
 class Facts:
     """What is known of the nodes of a graph.
 
-    ``shapes`` are those of one example; ``flat`` the nodes that are vectors whatever the size of the images;
+    ``shapes`` and ``dtypes`` are those of one example; ``dtype`` is that of the network, float32 or bfloat16;
+    ``flat`` the nodes that are vectors whatever the size of the images;
     ``kinds`` the step that each node is, ``reasons`` why others are none.
     """
 
     shapes: dict[fx.Node, torch.Size]
+    dtypes: dict[fx.Node, torch.dtype]
+    dtype: torch.dtype
     flat: set[fx.Node] = field(default_factory=set)
     kinds: dict[fx.Node, str] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
@@ -95,9 +98,9 @@ def max_pool_geometry(module: nn.MaxPool2d) -> layers.Geometry:
     return layers.Geometry(pair(module.kernel_size), pair(module.stride), pair(module.padding))
 
 
-def layer_of(captured: Captured, node: fx.Node) -> Convolution:
+def layer_of(captured: Captured, node: fx.Node, facts: Facts) -> Convolution:
     module = captured.module(node)
-    return layers.convolution_of(module, captured.recipe(module))
+    return layers.convolution_of(module, captured.recipe(module), facts.dtype)
 
 
 def _mean_dims(node: fx.Node) -> list[int] | None:
@@ -152,6 +155,9 @@ def classify(captured: Captured, node: fx.Node, facts: Facts) -> str:
         raise Unsupported("no image and no vector of each sample")
     if not node.args or node.args[0] is not inputs[0]:
         raise Unsupported("its input is not its first argument")
+    for operand in (node, *inputs):
+        if facts.dtypes[operand] is not facts.dtype:
+            raise Unsupported(f"it is in {facts.dtypes[operand]}, the network in {facts.dtype}")
     source = shapes[inputs[0]]
     if is_sum(node):
         left, right = node.args
@@ -191,7 +197,7 @@ def _classify_module(captured: Captured, node: fx.Node, source: torch.Size, fact
         if _follows_layer(captured, node, facts):
             return "follower"
         raise Unsupported(f"{type(module).__name__} behind no layer that could take it in")
-    layer = layer_of(captured, node)
+    layer = layer_of(captured, node, facts)
     if (layer.kind == "linear") != (len(source) == 2):
         raise Unsupported(f"a linear layer on an image of shape {tuple(source)}")
     if node.args[0] in facts.flat and len(source) == 4:
@@ -209,7 +215,7 @@ def _follows_layer(captured: Captured, node: fx.Node, facts: Facts) -> bool:
     while len(before.users) == 1:
         kind = facts.kinds.get(before)
         if kind == "layer":
-            return not (layer_of(captured, before).activation and norm)
+            return not (layer_of(captured, before, facts).activation and norm)
         if kind == "add":
             return not norm
         if kind == "follower":

@@ -139,8 +139,10 @@ def is_identity(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) in dropouts and not module.training)
 
 
-def convolution_of(module: nn.Module, recipe: patch.Recipe | None) -> Convolution:
-    """``module`` as a layer with weights; ``recipe`` is that of a module of the released form.
+def convolution_of(module: nn.Module, recipe: patch.Recipe | None, dtype: torch.dtype) -> Convolution:
+    """``module`` as a layer with weights, in a network of ``dtype``.
+
+    ``recipe`` is that of a module of the released form.
 
     Raises:
         Unsupported: it is none, or one of a form that has no kernel here.
@@ -149,9 +151,13 @@ def convolution_of(module: nn.Module, recipe: patch.Recipe | None) -> Convolutio
         raise Unsupported("it is in training mode")
     if any(map(is_altered, module.modules())):
         raise Unsupported("it has hooks, or a forward of its own")
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point() and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
-            raise Unsupported(f"it is in {tensor.dtype} on {tensor.device}, not float32 on the CPU")
+    for child in module.modules():
+        # torch takes norms in float32 beside images in bfloat16
+        served = (dtype, torch.float32) if torch_layers.is_batch_norm(child) else (dtype,)
+        for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False)):
+            if tensor.is_floating_point() and (tensor.dtype not in served or not tensor.is_cpu):
+                name = str(dtype).removeprefix("torch.")
+                raise Unsupported(f"it is in {tensor.dtype} on {tensor.device}, not {name} on the CPU")
     if any("weight" in vars(type(child)) for child in module.modules()):
         raise Unsupported("its weight is computed (parametrised)")
     kind = type(module)

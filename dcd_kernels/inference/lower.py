@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
 from dcd_kernels.checks import ACTIVATIONS
@@ -14,7 +15,7 @@ from . import layers
 from .capture import Captured
 from .classify import Facts, activation_code, is_sum, layer_of, max_pool_geometry
 from .layers import Convolution
-from .pack import Layer, filtered
+from .pack import Layer, Packed, filtered, size_of
 from .program import BLOCK, LAYOUT, Constant, Step, Value, padded
 
 # what runs for kinds of nodes whose steps have nothing more to say
@@ -25,15 +26,16 @@ _TOLD = {"same": "nothing to compute", "mean": "means", "add": "sum", "max_pool"
 class Piece:
     """Steps that run as one op.
 
-    ``inputs`` and ``outputs`` are nodes; ``layers`` the numbers of its steps; ``told`` says what runs for a
-    node.
+    ``inputs`` and ``outputs`` are nodes; ``layers`` the numbers of its steps, packed; ``told`` says what runs
+    for a node; ``narrow``: it is in bfloat16.
     """
 
     nodes: list[fx.Node]
+    narrow: bool = False
     steps: list[Step] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
-    layers: list[tuple[Callable[[], Layer], dict[str, Constant]]] = field(default_factory=list)
+    layers: list[tuple[Callable[[], Packed], dict[str, Constant]]] = field(default_factory=list)
     told: dict[fx.Node, str] = field(default_factory=dict)
 
 
@@ -64,10 +66,12 @@ class Lowering:
     """
 
     def __init__(self, captured: Captured, facts: Facts, nodes: list[fx.Node]) -> None:
-        self.captured, self.shapes, self.flat = captured, facts.shapes, facts.flat
+        self.captured, self.facts = captured, facts
+        self.shapes, self.flat = facts.shapes, facts.flat
         self.kinds = facts.kinds
-        self.piece = Piece(nodes)
+        self.piece = Piece(nodes, facts.dtype is torch.bfloat16)
         self.values: dict[fx.Node, Value] = {}
+        self.images: dict[fx.Node, Value] = {}
         self.order = {node: i for i, node in enumerate(captured.graph.nodes)}
         self.inside = set(nodes)
         self.absorbed: set[fx.Node] = set()
@@ -93,6 +97,17 @@ class Lowering:
             self._step("import", what="input", tensor=self._input(node), in_channels=shape[1], output=value)
             self.values[node] = value
         return self.values[node]
+
+    def _image(self, node: fx.Node) -> Value:
+        """The value of ``node`` for a kernel that reads images, of one pixel where it is a vector."""
+        value = self._value(node)
+        if value.image or not self.piece.narrow:
+            return value
+        if node not in self.images:
+            image = Value(value.channels, True, value.scale)
+            self._step("add", what="rounding", input=value, output=image)
+            self.images[node] = image
+        return self.images[node]
 
     def _input(self, node: fx.Node) -> int:
         if node not in self.piece.inputs:
@@ -169,7 +184,7 @@ class Lowering:
 
     def _lower_max_pool(self, node: fx.Node) -> None:
         module = self.captured.module(node)
-        input = self._value(node.args[0])
+        input = self._image(node.args[0])
         geometry = max_pool_geometry(module)
         output = Value(input.channels, True, input.scale * max(geometry.stride))
         self._step("max_pool", what="max pooling", input=input, output=output, **geometry.fields())
@@ -195,23 +210,26 @@ class Lowering:
             input_scale = 1
             fields["tensor"] = self._input(source)
         else:
-            input = self._value(source)
+            input = self._value(source) if kind == "linear" else self._image(source)
             input_scale = input.scale
             fields["input"] = input
-            fields["winograd"] = int(kind == "dense" and layer.filters_minimally)
+            # in bf16 the sums of the inputs would be rounded
+            fields["winograd"] = int(kind == "dense" and layer.filters_minimally and not self.piece.narrow)
         if chain.skip is not None:
             fields["skip"] = self._value(chain.skip)
         output = Value(layer.out_channels, kind != "linear", input_scale * max(layer.geometry.stride))
         step = self._step(kind, what=self._told(chain, kind), output=output, **fields)
         self.piece.told[node] = step.what
 
-        def read() -> Layer:
+        narrow = self.piece.narrow
+
+        def pack() -> Packed:
             numbers = layer.read()
             for norm in chain.norms:
                 numbers = numbers.normalised(norm)
-            return _in_order(numbers, step)
+            return _in_order(numbers, step).pack(narrow, kind == "depthwise")
 
-        self._constants(read, [step] if coefficients is None else [step, coefficients.made_by])
+        self._constants(pack, [step] if coefficients is None else [step, coefficients.made_by])
         self.values[chain.last] = output
 
     @staticmethod
@@ -258,12 +276,12 @@ class Lowering:
         )
         return coefficients
 
-    def _constants(self, read: Callable[[], Layer], steps: list[Step]) -> None:
+    def _constants(self, pack: Callable[[], Packed], steps: list[Step]) -> None:
         places: dict[str, Constant] = {}
-        for name, numbers in read().pack().items():
+        for name, numbers in pack().items():
             owner = steps[-1] if name.removesuffix("_bias") in ("squeeze", "gate", "expand") else steps[0]
-            places[name] = owner.fields[name] = Constant(numbers.numel())
-        self.piece.layers.append((read, places))
+            places[name] = owner.fields[name] = Constant(size_of(numbers))
+        self.piece.layers.append((pack, places))
 
     # --- what goes together
 
@@ -272,7 +290,7 @@ class Lowering:
         return users[0] if len(users) == 1 and users[0] in self.inside else None
 
     def _chain(self, node: fx.Node) -> _Chain:
-        layer = layer_of(self.captured, node)
+        layer = layer_of(self.captured, node, self.facts)
         last, norms, skip, activation = node, [], None, layer.activation
         user = self._only_user(last)
         while user is not None and not activation:
@@ -335,9 +353,11 @@ class Lowering:
 def _in_order(numbers: Layer, step: Step) -> Layer:
     """With the columns of W0 in the order in which ``step`` reads them."""
     fields = step.fields
+    numbers.run = fields["in_channels"]
     if step.kind == "stem":  # channels outermost
         taps = fields["kernel_h"] * fields["kernel_w"]
         numbers.weight = numbers.weight.unflatten(1, (taps, -1)).transpose(1, 2).flatten(1)
+        numbers.run = fields["kernel_w"] if fields["dilation_w"] == 1 else 1
     elif fields.get("winograd"):
         numbers.weight = filtered(numbers.weight)
     return numbers

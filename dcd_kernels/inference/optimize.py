@@ -26,10 +26,15 @@ if extension.LOADED:
 
 _EXAMPLE_SIZES = (64, 224, 32)
 _BACKENDS = ("auto", "cpu")
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
-    r"""A copy of ``model`` that computes the same: inference on the CPU in float32, in one call if possible.
+    r"""A copy of ``model`` that computes the same: inference on the CPU, in one call if possible.
+
+    In the dtype of its parameters, float32 or bfloat16: images and the weights of ``model.bfloat16()`` lie in
+    memory as bfloat16, sums, λ, Φ and biases are float32, and each layer rounds its result once. Norms, which
+    are folded before weights are rounded, may be left in float32.
 
     Norms are folded into the layers before them, and activations, sums and the pooling for the next layer's
     branch are computed where their input is made; a pointwise layer and the depthwise one behind it run row
@@ -116,10 +121,11 @@ class OptimizedNetwork(nn.Module):
     def _make_early(self) -> None:
         """So that a report can be made, and the first call is as fast as the others."""
         channels = None if not extension.LOADED else _input_channels(self.written)
-        if channels is None:
+        dtype = _dtype_of(self.written)
+        if channels is None or dtype not in _DTYPES:
             return
         for size in _EXAMPLE_SIZES:
-            example = torch.zeros(2, channels, size, size)
+            example = torch.zeros(2, channels, size, size, dtype=dtype)
             try:
                 with torch.no_grad():
                     self.written(example)
@@ -138,7 +144,8 @@ class OptimizedNetwork(nn.Module):
         plan = self._plan
         if plan is None or not plan.is_current():
             plan = self._renew(args[0])
-        if args[0].dim() != plan.rank:  # a layer of an image takes no vector, and the other way round
+        # a layer of an image takes no vector, and none takes another dtype, and the other way round
+        if args[0].dim() != plan.rank or args[0].dtype is not plan.dtype:
             return self.written(*args)
         return plan(args[0])
 
@@ -207,7 +214,7 @@ def _is_served(input: object) -> bool:
     return (
         extension.LOADED
         and type(input) in (Tensor, nn.Parameter)
-        and input.dtype is torch.float32
+        and input.dtype in _DTYPES
         and input.is_cpu
         and input.dim() in (2, 4)
         and input.layout is torch.strided
@@ -220,6 +227,12 @@ def _is_served(input: object) -> bool:
         and selection.current() in _BACKENDS
         and not selection.is_observed()
     )
+
+
+def _dtype_of(network: nn.Module) -> torch.dtype:
+    """The dtype of the images that ``network`` takes, by its first parameter."""
+    dtypes = (tensor.dtype for tensor in network.parameters() if tensor.is_floating_point())
+    return next(dtypes, torch.float32)
 
 
 def _input_channels(network: nn.Module) -> int | None:

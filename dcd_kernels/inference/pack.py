@@ -7,11 +7,14 @@ of the released form as z₁ = s₁⊙z + t₁ and s₂⊙(Φz₁) + t₂ (+ z�
     W0 ← a⊙W0,  P ← a⊙P,  Q ← Q diag(s₁),  Φ ← diag(s₂)Φ (+ I),  bias ← a⊙(bias + P t₂) + c,
 
 and t₁ is added to the latent before Φ. Φ comes out of a linear layer, so that its factors go into that.
+
+In a network of bfloat16, matrices whose columns are summed over are rounded to it, and lie in memory by pairs
+of columns; biases and the filters of depthwise layers are float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +46,24 @@ def filtered(weight: Tensor) -> Tensor:
     """3×3 taps of a layer, (Co, 9·Ci), as the points G g Gᵀ of Winograd's F(2×2, 3×3), (Co, 16·Ci)."""
     taps = weight.unflatten(1, (3, 3, -1))
     return torch.einsum("ay,bx,oyxc->oabc", _FILTERING, _FILTERING, taps).flatten(1)
+
+
+def weights(matrix: Tensor, narrow: bool, run: int = 0) -> Tensor:
+    """(rows, K) as `planes`, or ``narrow`` as [planes of rows, K / 2, 16, 2] in bfloat16.
+
+    A pair is of two columns that are multiplied with neighbours; ``run`` columns are neighbours, 0 for all. A
+    last one has a zero beside it.
+    """
+    if not narrow:
+        return planes(matrix)
+    blocks = rows_padded(matrix).unflatten(0, (-1, BLOCK)).unflatten(2, (-1, run or matrix.shape[1]))
+    paired = nn.functional.pad(blocks, (0, blocks.shape[3] % 2)).unflatten(3, (-1, 2))
+    return paired.permute(0, 2, 3, 1, 4).to(torch.bfloat16)
+
+
+def size_of(packed: Tensor) -> int:
+    """The numbers of float32 in whose place ``packed`` lies."""
+    return packed.numel() // 2 if packed.dtype is torch.bfloat16 else packed.numel()
 
 
 @dataclass
@@ -82,18 +103,18 @@ class Branch:
     scale: Tensor | None = None
     residual: bool = False
 
-    def pack(self) -> Packed:
+    def pack(self, narrow: bool) -> Packed:
         weight, bias = self.squeeze
         # columns c·bins² + bin, as torch flattens them, become bin·planes·16 + c
         columns = weight.unflatten(1, (self.channels, self.bins**2)).permute(2, 1, 0)
         columns = torch.cat([rows_padded(region) for region in columns])
-        packed = {"squeeze": planes(columns.T), "squeeze_bias": _vector(bias)}
+        packed = {"squeeze": weights(columns.T, narrow), "squeeze_bias": _vector(bias)}
         if self.gate is not None:
-            packed |= {"gate": planes(self.gate[0]), "gate_bias": _vector(self.gate[1])}
+            packed |= {"gate": weights(self.gate[0], narrow), "gate_bias": _vector(self.gate[1])}
         weight, bias = self.expand
         if bias is None and self.residual:
             bias = weight.new_zeros(weight.shape[0])
-        packed["expand"] = planes(self._rows(weight))
+        packed["expand"] = weights(self._rows(weight), narrow)
         packed["expand_bias"] = None if bias is None else self._rows(bias[:, None], self.residual)
         return packed
 
@@ -113,7 +134,8 @@ class Branch:
 class Layer:
     """The numbers of one layer: W0 and biases, P, Q (R of a depthwise layer) with what is folded into them.
 
-    weight (Co, K), K being the taps and channels in the order in which they are multiplied.
+    weight (Co, K), K being the taps and channels in the order in which they are multiplied; ``run`` of them
+    are multiplied with neighbours in memory, 0 for all.
     """
 
     weight: Tensor
@@ -123,7 +145,7 @@ class Layer:
     q: Tensor | None = None
     latent_bias: Tensor | None = None
     branch: Branch | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    run: int = 0
 
     def normalised(self, norm: nn.Module | None) -> Layer:
         """With the norm behind it folded in."""
@@ -138,16 +160,22 @@ class Layer:
             self.p = folded.factor[:, None] * self.p
         return self
 
-    def pack(self) -> Packed:
+    def pack(self, narrow: bool = False, depthwise: bool = False) -> Packed:
+        """What the op reads, by field; ``narrow`` for a network of bfloat16."""
         # in the order in which they are read
-        packed = {} if self.branch is None else self.branch.pack()
+        packed = {} if self.branch is None else self.branch.pack(narrow)
+        narrow = narrow and not depthwise
         packed |= {
-            "weight": planes(self.weight),
+            "weight": weights(self.weight, narrow, self.run),
             "bias": _vector(self.bias),
             "static_bias": _vector(self.static_bias),
         }
         if self.p is not None:
-            packed |= {"p": planes(self.p), "q": planes(self.q.T), "latent_bias": _vector(self.latent_bias)}
+            packed |= {
+                "p": weights(self.p, narrow),
+                "q": weights(self.q.T, narrow),
+                "latent_bias": _vector(self.latent_bias),
+            }
         return {name: tensor for name, tensor in packed.items() if tensor is not None}
 
 

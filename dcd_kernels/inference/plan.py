@@ -53,10 +53,13 @@ class Weights:
 
     def pack(self) -> Tensor:
         packed = _on_large_pages(self.size)
-        for read, places in self.layers:
-            for name, numbers in read().pack().items():
+        for pack, places in self.layers:
+            for name, numbers in pack().items():
                 constant: Constant = places[name]
-                packed[constant.offset : constant.offset + constant.size] = numbers.flatten()
+                place = packed[constant.offset : constant.offset + constant.size]
+                if numbers.dtype is torch.bfloat16:  # pairs
+                    place = place.view(torch.bfloat16)
+                place.copy_(numbers.flatten())
         return packed
 
 
@@ -72,11 +75,11 @@ class Plan:
         self.described = _described(watch)
         self.captured = Captured(network)
         self.root = _Root(network)
-        self.rank = example.dim()
+        self.rank, self.dtype = example.dim(), example.dtype
         shapes = Shapes(self.root, self.captured.graph)
         with torch.no_grad():
             shapes.run(example)
-        self.facts = Facts(shapes.shapes)
+        self.facts = Facts(shapes.shapes, shapes.dtypes, example.dtype)
         self.facts.learn(self.captured)
         self.parts = self._divided()
         nodes = list(self.captured.graph.nodes)
@@ -167,7 +170,7 @@ class Part:
     def __init__(self, piece: Piece) -> None:
         self.piece = piece
         self.weights = Weights(piece)
-        self.program = encode(piece.steps)
+        self.program = encode(piece.steps, piece.narrow)
         self.constants = self.weights.pack()
 
     def renewed(self) -> Part:

@@ -24,7 +24,10 @@ def padded(channels: int) -> int:
 
 @dataclass
 class Value:
-    """An image of ``channels``, or a vector; ``scale`` is by what it is smaller than the network's input."""
+    """An image of ``channels``, or a vector; ``scale`` is by what it is smaller than the network's input.
+
+    In a network of bfloat16 vectors are float32.
+    """
 
     channels: int
     image: bool
@@ -49,7 +52,7 @@ class Step:
 
 
 class Constant:
-    """Numbers of a step; ``offset`` is where they begin."""
+    """Numbers of a step; ``offset`` is where they begin. A pair of bfloat16 takes the place of a number."""
 
     def __init__(self, size: int) -> None:
         self.size, self.offset = size, -1
@@ -112,8 +115,11 @@ def _slots(lives: dict[int, _Life]) -> tuple[dict[int, int], int]:
     return chosen, len(ends)
 
 
-def encode(steps: list[Step]) -> Tensor:
-    """The op's ``program`` (int64, one dimension); constants have their offsets by now."""
+def encode(steps: list[Step], narrow: bool) -> Tensor:
+    """The op's ``program`` (int64, one dimension); constants have their offsets by now.
+
+    ``narrow``: of a network of bfloat16, not float32.
+    """
     stages = _stages(steps)
     lives = _lives(steps, stages)
     streamed = {id(step.fields["output"]) for step in steps if step.fields.get("streamed")}
@@ -123,7 +129,7 @@ def encode(steps: list[Step]) -> Tensor:
         values.update((id(value), value) for value in step.values())
     number = {key: i for i, key in enumerate(values)}
     position = {id(step): i for i, step in enumerate(steps)}
-    numbers = [len(values), len(steps), count]
+    numbers = [len(values), len(steps), count, int(narrow)]
     for key, value in values.items():
         described = {
             "channels": value.channels,
@@ -131,6 +137,7 @@ def encode(steps: list[Step]) -> Tensor:
             "halo_w": value.halo[1],
             "slot": slots.get(key, -1),
             "shared": int(lives[key].shared),
+            "vector": int(not value.image),
         }
         numbers += [described[name] for name in LAYOUT["value"]]
     for step, stage in zip(steps, stages, strict=True):

@@ -214,18 +214,19 @@ def _opened(graph: fx.Graph) -> tuple[str, ...]:
 
 
 class Shapes(fx.Interpreter):
-    """Runs a graph on a module and keeps every value on the way, and the shape of tensors, by node."""
+    """Runs a graph on a module and keeps every value on the way, and shape and dtype of tensors, by node."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.values: dict[fx.Node, object] = {}
         self.shapes: dict[fx.Node, torch.Size] = {}
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         self.values[n] = result
         if isinstance(result, Tensor):
-            self.shapes[n] = result.shape
+            self.shapes[n], self.dtypes[n] = result.shape, result.dtype
         return result
 
 

@@ -93,7 +93,7 @@ class Twin:
         return twin
 
     def written(self, input: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs of plain PyTorch, in float32 and in float64."""
+        """Outputs of plain PyTorch, in the network's dtype and in float64."""
         with torch.no_grad(), dcd.use_backend("reference"):
             return as_list(self.network(input.clone())), as_list(self.wide(input.double()))
 
@@ -112,6 +112,7 @@ class Twin:
     def _compare(self, got: Tensor, same: Tensor, right: Tensor, what: str) -> None:
         assert (got.shape, got.dtype) == (same.shape, same.dtype), f"{what}: {got.shape}, {got.dtype}"
         assert not got.requires_grad
+        self.eps = torch.finfo(got.dtype).eps
         assert bool(right.isfinite().all()), f"{what}: the written network is not finite"
         assert bool(got.isfinite().all()), f"{what}: {int((~got.isfinite()).sum())} of {got.numel()} lost"
         scale = right.norm().item() or 1.0
@@ -122,7 +123,7 @@ class Twin:
     def check(self) -> None:
         """DESIGN section 6, over all runs together: a few numbers that round well do not decide."""
         mine, plain, truth = (math.hypot(*values) for values in self.errors.values())
-        assert mine <= 2 * plain + 4 * torch.finfo(torch.float32).eps * truth, (
+        assert mine <= 2 * plain + 4 * self.eps * truth, (
             f"error {mine:.3g}, that of plain PyTorch {plain:.3g}, {len(self.errors['mine'])} outputs\n"
             f"{[f'{e:.2g}' for e in self.errors['mine']]}\n{dcd.report(self.optimised)}"
         )

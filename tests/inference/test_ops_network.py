@@ -18,7 +18,7 @@ from dcd_kernels.models import released
 
 network = torch.ops.dcd_kernels.network.default
 LAYOUT = _core.network_layout()
-HEADER = 3
+HEADER = 4
 
 
 def everything():
@@ -44,10 +44,10 @@ def everything():
 class Call:
     """The arguments of the op for a network, which a test may change."""
 
-    def __init__(self, module, *shape):
-        part = dcd_kernels.optimize_for_inference(randomise(module)).plan.whole
+    def __init__(self, module, *shape, dtype=torch.float32):
+        part = dcd_kernels.optimize_for_inference(randomise(module).to(dtype)).plan.whole
         assert part is not None
-        self.inputs = [image(*shape)]
+        self.inputs = [image(*shape).to(dtype)]
         # what lies behind the constants is NaN
         room = torch.full((part.constants.numel() + 4096,), float("nan"))
         self.constants = room[: part.constants.numel()].copy_(part.constants)
@@ -74,10 +74,10 @@ class Call:
         return network(self.inputs, self.constants, self.program)
 
 
-@pytest.fixture(scope="module")
-def made():
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def made(request):
     torch.manual_seed(3)
-    return Call(everything(), 2, 3, 21, 18)
+    return Call(everything(), 2, 3, 21, 18, dtype=request.param)
 
 
 @pytest.fixture
@@ -115,9 +115,14 @@ def test_same_bits(call):
         "program too short": ("program", lambda p: p[:-1]),
         "program too long": ("program", lambda p: torch.cat([p, p[:1]])),
         "empty program": ("program", lambda p: p[:0]),
+        "program for another dtype": ("program", lambda p: torch.cat([p[:3], 1 - p[3:4], p[4:]])),
         "program that is not contiguous": ("program", lambda p: torch.stack([p, p], 1)[:, 0]),
         "no inputs": ("inputs", lambda x: []),
         "input of another dtype": ("inputs", lambda x: [x[0].double()]),
+        "input of the other dtype": (
+            "inputs",
+            lambda x: [x[0].to(torch.float32 if x[0].dtype is torch.bfloat16 else torch.bfloat16)],
+        ),
         "input with five dimensions": ("inputs", lambda x: [x[0][None]]),
         "input without channels": ("inputs", lambda x: [x[0][:, :0]]),
         "input with other channels": ("inputs", lambda x: [x[0][:, :2]]),

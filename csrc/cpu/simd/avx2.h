@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "exp.h"
 
@@ -74,6 +75,32 @@ struct Simd {
         alignas(16) uint16_t lanes[kLanes];
         narrow(lanes, x);
         for (int i = 0; i < count; ++i) p[i] = lanes[i];
+    }
+
+    // Eight pairs of bf16: the first of each, the second of each; or one pair's, in every lane.
+    static inline Vec firsts(const uint16_t* p) { return first_halves(pairs(p)); }
+    static inline Vec seconds(const uint16_t* p) { return second_halves(pairs(p)); }
+    static inline Vec set1_first(const uint16_t* p) { return first_halves(pair(p)); }
+    static inline Vec set1_second(const uint16_t* p) { return second_halves(pair(p)); }
+    static inline void narrow_pairs(uint16_t* p, Vec a, Vec b) {
+        alignas(16) uint16_t first[kLanes], second[kLanes];
+        narrow(first, a), narrow(second, b);
+        const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(first)),
+                      high = _mm_load_si128(reinterpret_cast<const __m128i*>(second));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi16(low, high));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + kLanes), _mm_unpackhi_epi16(low, high));
+    }
+    static inline __m256i pairs(const uint16_t* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static inline __m256i pair(const uint16_t* p) {
+        int32_t bits;
+        std::memcpy(&bits, p, sizeof(bits));
+        return _mm256_set1_epi32(bits);
+    }
+    static inline Vec first_halves(__m256i x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))}; }
+    static inline Vec second_halves(__m256i x) {
+        return {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-0x10000)))};
     }
 
     // out[i] = sum of the i-th operand's lanes

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "exp.h"
 
@@ -73,6 +74,25 @@ struct Simd {
     }
     static inline void narrow_first(uint16_t* p, Vec x, int count) {
         _mm256_mask_storeu_epi16(p, first(count), narrowed(x.v));
+    }
+
+    // Sixteen pairs of bf16: the first of each, the second of each; or one pair's, in every lane.
+    static inline Vec firsts(const uint16_t* p) { return first_halves(_mm512_loadu_si512(p)); }
+    static inline Vec seconds(const uint16_t* p) { return second_halves(_mm512_loadu_si512(p)); }
+    static inline Vec set1_first(const uint16_t* p) { return first_halves(_mm512_set1_epi32(pair(p))); }
+    static inline Vec set1_second(const uint16_t* p) { return second_halves(_mm512_set1_epi32(pair(p))); }
+    static inline void narrow_pairs(uint16_t* p, Vec a, Vec b) {
+        const __m512i low = _mm512_cvtepu16_epi32(narrowed(a.v)), high = _mm512_cvtepu16_epi32(narrowed(b.v));
+        _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    static inline int32_t pair(const uint16_t* p) {
+        int32_t bits;
+        std::memcpy(&bits, p, sizeof(bits));
+        return bits;
+    }
+    static inline Vec first_halves(__m512i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))}; }
+    static inline Vec second_halves(__m512i x) {
+        return {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-0x10000)))};
     }
 
     // out[i] = sum of the i-th operand's lanes

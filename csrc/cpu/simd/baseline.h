@@ -80,6 +80,29 @@ struct Simd {
                 (nan ? bits[i] | 0x400000 : bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16);
         }
     }
+    // kLanes pairs of bf16: the first of each, the second of each; or one pair's, in every lane.
+    static inline Vec firsts(const uint16_t* p) { return every_second(p); }
+    static inline Vec seconds(const uint16_t* p) { return every_second(p + 1); }
+    static inline Vec set1_first(const uint16_t* p) { return set1(widened(*p)); }
+    static inline Vec set1_second(const uint16_t* p) { return set1(widened(p[1])); }
+    static inline void narrow_pairs(uint16_t* p, Vec a, Vec b) {
+        uint16_t first[kLanes], second[kLanes];
+        narrow(first, a), narrow(second, b);
+        for (int i = 0; i < kLanes; ++i) p[2 * i] = first[i], p[2 * i + 1] = second[i];
+    }
+    static inline Vec every_second(const uint16_t* p) {
+        uint32_t bits[kLanes];
+        for (int i = 0; i < kLanes; ++i) bits[i] = uint32_t(p[2 * i]) << 16;
+        Vec r;
+        std::memcpy(&r.v, bits, sizeof(Data));
+        return r;
+    }
+    static inline T widened(uint16_t x) {
+        const uint32_t bits = uint32_t(x) << 16;
+        T r;
+        std::memcpy(&r, &bits, sizeof(r));
+        return r;
+    }
 
     // out[i] = sum of the i-th operand's lanes
     static inline void sum4(Vec a, Vec b, Vec c, Vec d, T* out) {

@@ -18,56 +18,120 @@ static inline bool synthesis_pays(const NetworkStep& s, int64_t pixels) {
 }
 
 // [planes, rows, 16]: the matrix of `rows` rows that W_n, or a filter of a depthwise layer, is for one
-// sample: lam fixed + left Phi^T P^T. left [planes L, rows, 16], fixed [planes, rows, 16].
-template <class T>
+// sample: lam fixed + left Phi^T P^T. left [planes L, rows, 16], fixed [planes, rows, 16]; or pairs of rows.
+template <class W>
 struct Synthesis {
-    const T *left, *fixed, *p;
+    const W *left, *fixed, *p;
     int64_t rows, latent;
-    const T *lam, *phi;  // [planes, 16] or null; [planes L (row), L (column), 16]
+    const float *lam, *phi;  // [planes, 16] or null; [planes L (row), L (column), 16 (row)]
 
+    int64_t depth() const { return depth_of(rows, kIsNarrow<W>); }
     static int64_t scratch_size(int64_t latent, int64_t rows, int64_t planes) {
-        return planes * kBlock * (latent + rows + 1);
+        return planes * kBlock * (latent + depth_of(rows, kIsNarrow<W>) + 1);
     }
 };
 
+// fused [planes, L, 16] = P Phi
+template <class S, class W>
+static void fuse(const Synthesis<W>& s, int64_t plane, int64_t planes, float* fused) {
+    const int64_t none = 0, depth = depth_of(s.latent, kIsNarrow<W>);
+    Product<W> fuse;
+    fuse.taps = &none, fuse.tap_count = 1, fuse.channels = s.latent;
+    fuse.weight = s.p + plane * depth * kBlock, fuse.weight_plane = depth * kBlock;
+    fuse.input_plane = s.latent * kBlock, fuse.output_plane = s.latent * kBlock;
+    product_rows<S, Types<float, W, float>>(fuse, 0, planes, {s.phi, nullptr, nullptr, fused}, {}, s.latent,
+                                            0, 1);
+}
+
 // For planes [plane, plane + planes): `to` gets the rows; `fused` [planes, L, 16] the product P Phi.
 template <class S>
-static void synthesise(const Synthesis<typename S::Scalar>& s, int64_t plane, int64_t planes,
-                       typename S::Scalar* fused, typename S::Scalar* to) {
-    using T = typename S::Scalar;
+static void synthesise(const Synthesis<float>& s, int64_t plane, int64_t planes, float* fused, float* to) {
     const int64_t none = 0;
-    Product<T> fuse;
-    fuse.taps = &none, fuse.tap_count = 1, fuse.channels = s.latent;
-    fuse.weight = s.p + plane * s.latent * kBlock, fuse.weight_plane = s.latent * kBlock;
-    fuse.input_plane = s.latent * kBlock, fuse.output_plane = s.latent * kBlock;
-    product_rows<S>(fuse, 0, planes, {s.phi, nullptr, nullptr, fused}, {}, s.latent, 0, 1);
-    Product<T> sum;
+    fuse<S>(s, plane, planes, fused);
+    Product<float> sum;
     sum.taps = &none, sum.tap_count = 1, sum.channels = s.latent;
     sum.weight = fused, sum.weight_plane = s.latent * kBlock;
     sum.input_plane = sum.skip_plane = sum.output_plane = s.rows * kBlock;
     sum.skip_scale = s.lam ? s.lam + plane * kBlock : nullptr;
-    product_rows<S>(sum, 0, planes, {s.left, nullptr, s.fixed + plane * s.rows * kBlock, to}, {}, s.rows, 0,
-                    1);
+    product_rows<S, Types<float, float, float>>(
+        sum, 0, planes, {s.left, nullptr, s.fixed + plane * s.rows * kBlock, to}, {}, s.rows, 0, 1);
+}
+
+// Pairs of rows, each summed in fp32 and rounded once.
+template <class S, int PAIRS>
+static void synthesise_pairs(const Synthesis<Pair>& s, const float* lam, const Pair* left, const Pair* fixed,
+                             const float* fused, Pair* to) {
+    using V = typename S::Vec;
+    constexpr int W = S::kLanes, VECTORS = TileLimits<S>::kVectors;
+    V sums[PAIRS][2][VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < PAIRS; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            const Pair* w = fixed + i * kBlock + v * W;
+            const V scale = lam ? S::load(lam + v * W) : S::set1(1);
+            sums[i][0][v] = S::mul(scale, S::firsts(w)), sums[i][1][v] = S::mul(scale, S::seconds(w));
+        }
+    for (int64_t l = 0; l < s.latent; ++l) {
+        V weight[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) weight[v] = S::load(fused + l * kBlock + v * W);
+        const Pair* column = left + l / kBlock * s.depth() * kBlock + l % kBlock;
+#pragma GCC unroll 8
+        for (int i = 0; i < PAIRS; ++i) {
+            const V first = S::set_first(column + i * kBlock), second = S::set_second(column + i * kBlock);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                sums[i][0][v] = S::fma(first, weight[v], sums[i][0][v]);
+                sums[i][1][v] = S::fma(second, weight[v], sums[i][1][v]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < PAIRS; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v)
+            S::store_pairs(to + i * kBlock + v * W, sums[i][0][v], sums[i][1][v]);
+}
+
+template <class S>
+static void synthesise(const Synthesis<Pair>& s, int64_t plane, int64_t planes, float* fused, Pair* to) {
+    constexpr int kPairs = S::kRegisters == 32 ? 8 : 4 / TileLimits<S>::kVectors;
+    const int64_t depth = s.depth();
+    fuse<S>(s, plane, planes, fused);
+    for (int64_t c = 0; c < planes; ++c) {
+        const float* lam = s.lam ? s.lam + (plane + c) * kBlock : nullptr;
+        const Pair* fixed = s.fixed + (plane + c) * depth * kBlock;
+        const auto run = [&](auto tile, int64_t i) {
+            tile(s, lam, s.left + i * kBlock, fixed + i * kBlock, fused + c * s.latent * kBlock,
+                 to + (c * depth + i) * kBlock);
+        };
+        int64_t i = 0;
+        for (; i + kPairs <= depth; i += kPairs) run(&synthesise_pairs<S, kPairs>, i);
+        for (; i < depth; ++i) run(&synthesise_pairs<S, 1>, i);
+    }
 }
 
 // One dense step on one sample. Made once; then any planes of any rows, from any thread.
 template <class S>
 class Dense {
   public:
-    using T = typename S::Scalar;
+    using T = Stored<S>;
+    using W = Weight<S>;
 
     Dense(const Frame<T>& frame, const NetworkStep& s, int64_t sample)
         : step_(s), x_(frame.image(s.input, sample)), size_(frame.call.places[s.output]) {
-        const T* coefficients = frame.vector(s.coefficients, sample);
-        const T* phi =
+        const float* coefficients = frame.vector(s.coefficients, sample);
+        const float* phi =
             coefficients ? coefficients + (s.lam_channels ? planes_of(s.out_channels) * kBlock : 0) : nullptr;
         int64_t tap_count = 0;
         for (int64_t y = 0; y < s.kernel_h; ++y)
             for (int64_t x = 0; x < s.kernel_w; ++x)
                 taps_[tap_count++] =
                     (y * s.dilation_h - s.padding_h) * x_.row + (x * s.dilation_w - s.padding_w) * kBlock;
-        const int64_t weight_plane = (s.winograd ? kPoints : tap_count) * s.in_channels * kBlock;
-        product_.weight = frame.constant(s.weight), product_.weight_plane = weight_plane;
+        const int64_t points = s.winograd ? kPoints : tap_count;
+        const int64_t weight_plane = points * depth_of(s.in_channels, kIsNarrow<W>) * kBlock;
+        product_.weight = frame.weight(s.weight), product_.weight_plane = weight_plane;
         product_.taps = taps_, product_.tap_count = tap_count;
         product_.channels = s.in_channels, product_.input_plane = x_.plane;
         product_.pixel = s.stride_w * kBlock;
@@ -77,9 +141,9 @@ class Dense {
         product_.ahead = frame.ahead_of_one_thread();
         synthesised_ = synthesis_pays(s, size_.height * size_.width);
         if (synthesised_) {
-            synthesis_ = {frame.constant(s.q),
+            synthesis_ = {frame.weight(s.q),
                           product_.weight,
-                          frame.constant(s.p),
+                          frame.weight(s.p),
                           s.in_channels,
                           s.latent,
                           product_.lam,
@@ -94,51 +158,53 @@ class Dense {
     Dense& operator=(const Dense&) = delete;
 
     // What winograd.h applies by itself; [planes L, pixels, 16].
-    const Product<T>& product() const { return product_; }
+    const Product<W>& product() const { return product_; }
     const T* latent() const { return latent_; }
 
-    // Elements that a task needs to work on a few planes.
+    // Numbers of fp32 that a task needs room for to work on a few planes.
     static int64_t scratch_size(const NetworkStep& s, int64_t planes) {
-        return s.latent ? Synthesis<T>::scratch_size(s.latent, s.in_channels, planes) : 0;
+        return s.latent ? Synthesis<W>::scratch_size(s.latent, s.in_channels, planes) : 0;
     }
 
     // The product for these planes, whose weights, if they are synthesised, lie in `memory` from now on.
-    Product<T> open(int64_t plane, int64_t planes, T* memory) const {
-        Product<T> product = product_;
+    Product<W> open(int64_t plane, int64_t planes, float* memory) const {
+        Product<W> product = product_;
         if (!synthesised_) return product;
-        T* fused = memory;
-        T* weight = fused + planes * step_.latent * kBlock;
-        T* bias = weight + planes * step_.in_channels * kBlock;
+        const int64_t depth = synthesis_.depth();
+        float* fused = memory;
+        W* weight = reinterpret_cast<W*>(fused + planes * step_.latent * kBlock);
+        float* bias = fused + planes * (step_.latent + depth) * kBlock;
         synthesise<S>(synthesis_, plane, planes, fused, weight);
         // every operand is addressed by its plane
-        const auto from_zero = [plane](T* p, int64_t size) { return p - plane * size; };
-        const T* constant = product_.bias;
+        const auto from_zero = [plane](auto* p, int64_t size) { return p - plane * size; };
+        const float* constant = product_.bias;
         if (latent_bias_) {
             const int64_t none = 0;
-            Product<T> shift;
+            Product<float> shift;
             shift.taps = &none, shift.tap_count = 1, shift.channels = step_.latent;
             shift.weight = fused, shift.weight_plane = step_.latent * kBlock;
             shift.input_plane = kBlock, shift.output_plane = kBlock, shift.skip_plane = kBlock;
             shift.bias = constant ? constant + plane * kBlock : nullptr;
-            product_rows<S>(shift, 0, planes, {latent_bias_, nullptr, nullptr, bias}, {}, 1, 0, 1);
+            product_rows<S, Types<float, float, float>>(shift, 0, planes,
+                                                        {latent_bias_, nullptr, nullptr, bias}, {}, 1, 0, 1);
             product.bias = from_zero(bias, kBlock);
         }
         if (product_.static_bias) {  // not scaled by anything behind the synthesis
             for (int64_t i = 0; i < planes * kBlock; ++i) {
                 const int64_t o = plane * kBlock + i;
-                const T scaled = product_.static_bias[o] * (product_.lam ? product_.lam[o] : T(1));
-                bias[i] = scaled + (latent_bias_ ? bias[i] : constant ? constant[o] : T(0));
+                const float scaled = product_.static_bias[o] * (product_.lam ? product_.lam[o] : 1.0f);
+                bias[i] = scaled + (latent_bias_ ? bias[i] : constant ? constant[o] : 0.0f);
             }
             product.bias = from_zero(bias, kBlock);
         }
-        product.weight = from_zero(weight, step_.in_channels * kBlock);
-        product.weight_plane = step_.in_channels * kBlock;
+        product.weight = from_zero(weight, depth * kBlock);
+        product.weight_plane = depth * kBlock;
         product.lam = product.static_bias = nullptr;
         return product;
     }
 
     // Rows [y0, y1) of these planes into `to`, whose row 0 and first plane it is.
-    void rows(Product<T>& product, int64_t plane, int64_t planes, int64_t y0, int64_t y1, const Image<T>& to,
+    void rows(Product<W>& product, int64_t plane, int64_t planes, int64_t y0, int64_t y1, const Image<T>& to,
               const T* skip, int64_t skip_plane, int64_t skip_row) const {
         product.output_plane = to.plane, product.skip_plane = skip_plane;
         int64_t width = size_.width;
@@ -158,20 +224,21 @@ class Dense {
 
   private:
     // T' = Phi (Q^T x + latent_bias) of all output pixels
-    void project(const Frame<T>& frame, const T* phi) {
+    void project(const Frame<T>& frame, const float* phi) {
         const NetworkStep& s = step_;
         const int64_t planes = planes_of(s.latent), pixels = size_.height * size_.width;
-        T* latent = frame.work;
-        T* mixed = latent + planes * pixels * kBlock;
+        float* latent = frame.work;
+        T* mixed = reinterpret_cast<T*>(latent + planes * pixels * kBlock);
         const int64_t centre = ((s.kernel_h / 2) * s.dilation_h - s.padding_h) * x_.row +
                                ((s.kernel_w / 2) * s.dilation_w - s.padding_w) * kBlock;
-        Product<T> first;
+        Product<W> first;
         first.taps = &centre, first.tap_count = 1, first.channels = s.in_channels;
-        first.weight = frame.constant(s.q), first.weight_plane = s.in_channels * kBlock;
+        first.weight = frame.weight(s.q);
+        first.weight_plane = depth_of(s.in_channels, kIsNarrow<W>) * kBlock;
         first.input_plane = x_.plane, first.pixel = s.stride_w * kBlock;
         first.bias = frame.constant(s.latent_bias), first.output_plane = pixels * kBlock;
         const int64_t none = 0;
-        Product<T> second;
+        Product<float> second;
         second.taps = &none, second.tap_count = 1, second.channels = s.latent;
         second.weight = phi, second.weight_plane = s.latent * kBlock;
         second.input_plane = second.output_plane = pixels * kBlock;
@@ -179,13 +246,15 @@ class Dense {
         const int64_t height = flat ? 1 : size_.height, width = flat ? pixels : size_.width;
         const Rows rows{s.stride_h * x_.row, 0, 0, width * kBlock};
         for (int64_t plane = 0; plane < planes; ++plane)
-            product_rows<S>(first, plane, 1, {x_.data, nullptr, nullptr, latent + plane * pixels * kBlock},
-                            rows, width, 0, height);
+            product_rows<S, Types<T, W, float>>(first, plane, 1,
+                                                {x_.data, nullptr, nullptr, latent + plane * pixels * kBlock},
+                                                rows, width, 0, height);
         for (int64_t plane = 0; plane < planes; ++plane)
-            product_rows<S>(second, plane, 1, {latent, nullptr, nullptr, mixed + plane * pixels * kBlock}, {},
-                            pixels, 0, 1);
+            product_rows<S, Types<float, float, T>>(
+                second, plane, 1, {latent, nullptr, nullptr, mixed + plane * pixels * kBlock}, {}, pixels, 0,
+                1);
         latent_ = mixed;
-        product_.p = frame.constant(s.p), product_.p_plane = s.latent * kBlock;
+        product_.p = frame.weight(s.p), product_.p_plane = depth_of(s.latent, kIsNarrow<W>) * kBlock;
         product_.latent = s.latent, product_.latent_plane = pixels * kBlock;
     }
 
@@ -193,10 +262,10 @@ class Dense {
     const Image<T> x_;
     const NetworkPlace& size_;
     int64_t taps_[kMaxTaps];
-    Product<T> product_;
+    Product<W> product_;
     bool synthesised_ = false;
-    Synthesis<T> synthesis_{};
-    const T* latent_bias_ = nullptr;
+    Synthesis<W> synthesis_{};
+    const float* latent_bias_ = nullptr;
     const T* latent_ = nullptr;
 };
 
@@ -211,8 +280,8 @@ struct Shares {
 };
 
 template <class S>
-static void dense(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
-    using T = typename S::Scalar;
+static void dense(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+    using T = Stored<S>;
     const Dense<S> work(frame, s, sample);
     const Image<T> to = frame.image(s.output, sample);
     const Image<T> skip = s.skip < 0 ? Image<T>{} : frame.image(s.skip, sample);
@@ -223,9 +292,9 @@ static void dense(const Frame<typename S::Scalar>& frame, const NetworkStep& s, 
     parallel(frame.runtime, groups * shares.parts, [&](int64_t task) {
         const int64_t plane = task / shares.parts * shares.planes, part = task % shares.parts;
         const int64_t count = smaller(shares.planes, planes - plane);
-        T* memory =
-            static_cast<T*>(scratch(Dense<S>::scratch_size(s, count) * static_cast<int64_t>(sizeof(T))));
-        Product<T> product = work.open(plane, count, memory);
+        float* memory = static_cast<float*>(
+            scratch(Dense<S>::scratch_size(s, count) * static_cast<int64_t>(sizeof(float))));
+        Product<Weight<S>> product = work.open(plane, count, memory);
         Image<T> image = to;
         image.data += plane * to.plane;
         work.rows(product, plane, count, part * to.height / shares.parts,

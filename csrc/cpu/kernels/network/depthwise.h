@@ -14,10 +14,10 @@ template <class T>
 struct DepthwiseRow {
     const T* const* lines;
     int64_t line_count;
-    const T* weight;  // [taps, 16]
-    const T* bias;    // [16] or null
+    const float* weight;  // [taps, 16]
+    const float* bias;    // [16] or null
     T* output;
-    T* sums;  // [16], gets the row's sums added, or null
+    float* sums;  // [16], gets the row's sums added, or null
     int64_t width, kernel, stride, dilation;
     int activation;
 };
@@ -25,11 +25,11 @@ struct DepthwiseRow {
 // PIXELS outputs from column x on. KERNEL 3: three taps next to each other, whose inputs neighbours share;
 // 0: any.
 template <class S, int PIXELS, int KERNEL, int STRIDE>
-static void depthwise_pixels(const DepthwiseRow<typename S::Scalar>& s, int64_t x, typename S::Vec* sums) {
-    using T = typename S::Scalar;
+static void depthwise_pixels(const DepthwiseRow<Stored<S>>& s, int64_t x, typename S::Vec* sums) {
+    using T = Stored<S>;
     using V = typename S::Vec;
     constexpr int W = S::kLanes, VECTORS = TileLimits<S>::kVectors;
-    T low, high;
+    float low, high;
     const bool clamp = is_clamp(s.activation, low, high);
     const V lower = S::set1(low), upper = S::set1(high);
     for (int v = 0; v < VECTORS; ++v) {
@@ -39,7 +39,7 @@ static void depthwise_pixels(const DepthwiseRow<typename S::Scalar>& s, int64_t 
         for (int i = 0; i < PIXELS; ++i) acc[i] = start;
         for (int64_t line = 0; line < s.line_count; ++line) {
             const T* from = s.lines[line] + x * s.stride * kBlock + v * W;
-            const T* w = s.weight + line * s.kernel * kBlock + v * W;
+            const float* w = s.weight + line * s.kernel * kBlock + v * W;
             if constexpr (KERNEL == 3) {
                 const V w0 = S::load(w), w1 = S::load(w + kBlock), w2 = S::load(w + 2 * kBlock);
 #pragma GCC unroll 32
@@ -75,7 +75,7 @@ static void depthwise_pixels(const DepthwiseRow<typename S::Scalar>& s, int64_t 
 }
 
 template <class S>
-using RunDepthwise = void (*)(const DepthwiseRow<typename S::Scalar>&, int64_t, typename S::Vec*);
+using RunDepthwise = void (*)(const DepthwiseRow<Stored<S>>&, int64_t, typename S::Vec*);
 
 template <class S, int KERNEL, int STRIDE, int... PIXELS>
 constexpr std::array<RunDepthwise<S>, sizeof...(PIXELS)> depthwise_runs(
@@ -84,7 +84,7 @@ constexpr std::array<RunDepthwise<S>, sizeof...(PIXELS)> depthwise_runs(
 }
 
 template <class S>
-static void depthwise_row(const DepthwiseRow<typename S::Scalar>& s) {
+static void depthwise_row(const DepthwiseRow<Stored<S>>& s) {
     constexpr int kPixels = S::kRegisters == 32 ? 14 : 8, VECTORS = TileLimits<S>::kVectors;
     using Counts = std::make_integer_sequence<int, kPixels>;
     static constexpr auto kNear = depthwise_runs<S, 3, 1>(Counts{}),
@@ -110,7 +110,7 @@ static void depthwise_row(const DepthwiseRow<typename S::Scalar>& s) {
 template <class S>
 class Ring {
   public:
-    using T = typename S::Scalar;
+    using T = Stored<S>;
     Ring(const NetworkStep& s, const NetworkPlace& input)
         : rows_((s.kernel_h - 1) * s.dilation_h + 1), height_(input.height), pad_(s.padding_w * kBlock) {
         image_.width = input.width, image_.height = rows_;
@@ -153,8 +153,8 @@ class Ring {
 };
 
 template <class S>
-static void depthwise(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
-    using T = typename S::Scalar;
+static void depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+    using T = Stored<S>;
     const NetworkStep* producer = s.producer < 0 ? nullptr : &frame.call.program.steps[s.producer];
     std::optional<Dense<S>> dense;
     std::optional<Stem<S>> stem;
@@ -168,9 +168,9 @@ static void depthwise(const Frame<typename S::Scalar>& frame, const NetworkStep&
     const Image<T> to = frame.image(s.output, sample);
     const int64_t taps = s.kernel_h * s.kernel_w, planes = planes_of(s.out_channels),
                   at_once = TileLimits<S>::kPlanes;
-    const T* coefficients = frame.vector(s.coefficients, sample);
-    const T* lam = s.lam_channels ? coefficients : nullptr;
-    const Synthesis<T> filters{
+    const float* coefficients = frame.vector(s.coefficients, sample);
+    const float* lam = s.lam_channels ? coefficients : nullptr;
+    const Synthesis<float> filters{
         frame.constant(s.q),
         frame.constant(s.weight),
         frame.constant(s.p),
@@ -178,21 +178,21 @@ static void depthwise(const Frame<typename S::Scalar>& frame, const NetworkStep&
         s.latent,
         lam,
         coefficients ? coefficients + (s.lam_channels ? planes * kBlock : 0) : nullptr};
-    T* pooled = frame.vector(s.pooled, sample);
+    float* pooled = frame.vector(s.pooled, sample);
     frame.clear_halo(s.output, sample);
     parallel(frame.runtime, (planes + at_once - 1) / at_once, [&](int64_t task) {
         const int64_t plane = task * at_once, count = smaller(at_once, planes - plane);
         Ring<S> ring(s, frame.call.places[s.input]);
-        const int64_t filter_size = Synthesis<T>::scratch_size(s.latent, taps, count);
-        const int64_t size = ring.size(count) + filter_size +
+        const int64_t filter_size = Synthesis<float>::scratch_size(s.latent, taps, count);
+        const int64_t size = floats<T>(ring.size(count)) + filter_size +
                              (dense ? Dense<S>::scratch_size(*producer, count) : 0) +
-                             (stem ? stem->scratch_size() : 0);
-        T* memory = static_cast<T*>(scratch(size * static_cast<int64_t>(sizeof(T))));
-        ring.open(memory, count);
-        T* fused = memory + ring.size(count);
-        T* own = fused + count * s.latent * kBlock;
-        T* rest = fused + filter_size;
-        const T* weight = filters.fixed + plane * taps * kBlock;
+                             (stem ? floats<T>(stem->scratch_size()) : 0);
+        float* memory = static_cast<float*>(scratch(size * static_cast<int64_t>(sizeof(float))));
+        ring.open(reinterpret_cast<T*>(memory), count);
+        float* fused = memory + floats<T>(ring.size(count));
+        float* own = fused + count * s.latent * kBlock;
+        float* rest = fused + filter_size;
+        const float* weight = filters.fixed + plane * taps * kBlock;
         if (s.latent) {
             synthesise<S>(filters, plane, count, fused, own);
             weight = own;
@@ -203,14 +203,14 @@ static void depthwise(const Frame<typename S::Scalar>& frame, const NetworkStep&
                         weight[c * taps * kBlock + i] * lam[(plane + c) * kBlock + i % kBlock];
             weight = own;
         }
-        Product<T> product;
+        Product<Weight<S>> product;
         if (dense) product = dense->open(plane, count, rest);
         const auto produce = [&](int64_t y, Image<T> row) {
             row.data -= y * row.row;  // the streamed step counts its rows itself
             if (dense) {
                 dense->rows(product, plane, count, y, y + 1, row, nullptr, 0, 0);
             } else if (stem) {
-                stem->rows(plane, count, y, y + 1, row, rest);
+                stem->rows(plane, count, y, y + 1, row, reinterpret_cast<T*>(rest));
             } else {
                 for (int64_t c = 0; c < count; ++c)
                     std::memcpy(row.data + y * row.row + c * row.plane,
@@ -218,8 +218,8 @@ static void depthwise(const Frame<typename S::Scalar>& frame, const NetworkStep&
                                 static_cast<size_t>(from.width * kBlock) * sizeof(T));
             }
         };
-        T* sums = pooled ? pooled + plane * kBlock : nullptr;
-        if (sums) Frame<T>::fill(sums, count * kBlock);
+        float* sums = pooled ? pooled + plane * kBlock : nullptr;
+        if (sums) Frame<float>::fill(sums, count * kBlock);
         const T* lines[kMaxKernel];
         const int64_t span = (s.kernel_h - 1) * s.dilation_h;
         for (int64_t y = 0; y < to.height; ++y) {
@@ -236,7 +236,7 @@ static void depthwise(const Frame<typename S::Scalar>& frame, const NetworkStep&
             }
         }
         if (sums)
-            for (int64_t i = 0; i < count * kBlock; ++i) sums[i] /= static_cast<T>(to.height * to.width);
+            for (int64_t i = 0; i < count * kBlock; ++i) sums[i] /= static_cast<float>(to.height * to.width);
     });
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One run of a network over some of its samples: where each value lies.
+// One run of a network over some of its samples: where each value lies. T is what images consist of.
 #pragma once
 
 #include "../../../network.h"
@@ -26,17 +26,16 @@ class Frame {
     const NetworkCall& call;
     const Runtime runtime;  // for what is inside a step
     const int64_t first;    // sample of the call
-    T* const memory;
-    T* const work;  // what a step needs besides its values, and shares with its tasks
-    mutable Ahead<T> ahead;
+    char* const memory;
+    float* const work;  // what a step needs besides its values, and shares with its tasks
+    mutable Ahead<float> ahead;
 
     Frame(const NetworkCall& call, const Runtime& runtime, int64_t first)
         : call(call),
           runtime(runtime),
           first(first),
-          memory(static_cast<T*>(
-              scratch((call.memory + call.work) * static_cast<int64_t>(sizeof(T)), Scratch::kNetwork))),
-          work(memory + call.memory) {}
+          memory(static_cast<char*>(scratch(call.memory + call.work, Scratch::kNetwork))),
+          work(reinterpret_cast<float*>(memory + call.memory)) {}
 
     // From now on `step` computes.
     void begin(const NetworkStep* step) const {
@@ -46,32 +45,50 @@ class Frame {
         while (first < 0 && ++step < end)
             if (!step->streamed) first = step->kind == kBranch ? step->squeeze : step->weight;
         if (first < 0) return;
-        const T* next = constant(first);
+        const float* next = constant(first);
         ahead.end = next + kReach;
         if (ahead.end > call.constants + call.constant_count)
             ahead.end = call.constants + call.constant_count;
         if (ahead.next < next || ahead.next > ahead.end) ahead.next = next;
     }
-    Ahead<T>* ahead_of_one_thread() const { return runtime.threads <= 1 ? &ahead : nullptr; }
+    Ahead<float>* ahead_of_one_thread() const { return runtime.threads <= 1 ? &ahead : nullptr; }
 
-    const T* constant(int64_t offset) const { return offset < 0 ? nullptr : call.constants + offset; }
+    const float* constant(int64_t offset) const { return offset < 0 ? nullptr : call.constants + offset; }
+    // Weights that are summed over channels.
+    const Packed<T>* weight(int64_t offset) const {
+        return reinterpret_cast<const Packed<T>*>(constant(offset));
+    }
 
-    Image<T> image(int64_t v, int64_t sample) const {
+    Image<T> image(int64_t v, int64_t sample) const { return place_of<T>(v, sample); }
+
+    // A vector of `sample`
+    float* vector(int64_t v, int64_t sample) const {
+        return v < 0 ? nullptr : place_of<float>(v, sample).data;
+    }
+    int64_t vector_stride(int64_t v) const {
+        return call.program.values[v].shared ? 0 : call.places[v].sample;
+    }
+
+    // f(value) for a value that may be an image or a vector
+    template <class F>
+    void with_value(int64_t v, int64_t sample, const F& f) const {
+        if (kIsNarrow<T> && call.program.values[v].vector)
+            f(place_of<float>(v, sample));
+        else
+            f(place_of<T>(v, sample));
+    }
+
+    template <class X>
+    Image<X> place_of(int64_t v, int64_t sample) const {
         const NetworkValue& value = call.program.values[v];
         const NetworkPlace& place = call.places[v];
-        Image<T> image;
+        Image<X> image;
         image.height = place.height, image.width = place.width;
         image.row = (image.width + 2 * value.halo_w) * kBlock;
         image.plane = (image.height + 2 * value.halo_h) * image.row;
-        image.data = memory + place.begin + (value.shared ? 0 : sample) * place.sample +
+        image.data = reinterpret_cast<X*>(memory + place.begin) + (value.shared ? 0 : sample) * place.sample +
                      value.halo_h * image.row + value.halo_w * kBlock;
         return image;
-    }
-
-    // A vector of `sample`; image() of the same value with one pixel.
-    T* vector(int64_t v, int64_t sample) const { return v < 0 ? nullptr : image(v, sample).data; }
-    int64_t vector_stride(int64_t v) const {
-        return call.program.values[v].shared ? 0 : call.places[v].sample;
     }
 
     // Zeros around an image whose readers look beyond it.
@@ -90,7 +107,7 @@ class Frame {
     }
 
     static void fill(T* p, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) p[i] = T(0);
+        for (int64_t i = 0; i < count; ++i) p[i] = T{};
     }
 };
 

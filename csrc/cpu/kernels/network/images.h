@@ -20,9 +20,8 @@ __attribute__((always_inline)) static inline PixelVec<S> pixel_of(const F& f) {
 // means of bins x bins regions, [bins, bins, planes, 16]; region i of an axis is [i size / bins, ceil((i + 1)
 // size / bins)): on sizes that bins does not divide they overlap
 template <class S>
-static void pool(const Image<typename S::Scalar>& image, int64_t planes, int64_t bins,
-                 typename S::Scalar* output) {
-    using T = typename S::Scalar;
+static void pool(const Image<Stored<S>>& image, int64_t planes, int64_t bins, float* output) {
+    using T = Stored<S>;
     constexpr int W = S::kLanes;
     for (int64_t c = 0; c < planes; ++c)
         for (int64_t by = 0; by < bins; ++by)
@@ -45,15 +44,15 @@ static void pool(const Image<typename S::Scalar>& image, int64_t planes, int64_t
                         total[v] = S::add(total[v], S::add(S::add(a, b), S::add(d, e)));
                     }
                 }
-                T* to = output + ((by * bins + bx) * planes + c) * kBlock;
-                const auto count = S::set1(static_cast<T>((y1 - y0) * (x1 - x0)));
+                float* to = output + ((by * bins + bx) * planes + c) * kBlock;
+                const auto count = S::set1(static_cast<float>((y1 - y0) * (x1 - x0)));
                 for (int v = 0; v < kBlock / W; ++v) S::store(to + v * W, S::div(total[v], count));
             }
 }
 
 template <class S>
-static void max_pool(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
-    using T = typename S::Scalar;
+static void max_pool(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+    using T = Stored<S>;
     constexpr int W = S::kLanes;
     const Image<T> from = frame.image(s.input, sample), to = frame.image(s.output, sample);
     frame.clear_halo(s.output, sample);
@@ -63,7 +62,7 @@ static void max_pool(const Frame<typename S::Scalar>& frame, const NetworkStep& 
                 const int64_t top = y * s.stride_h - s.padding_h, left = x * s.stride_w - s.padding_w;
                 const int64_t y0 = top < 0 ? 0 : top, y1 = smaller(top + s.kernel_h, from.height);
                 const int64_t x0 = left < 0 ? 0 : left, x1 = smaller(left + s.kernel_w, from.width);
-                auto most = pixel_of<S>([](int) { return S::set1(-std::numeric_limits<T>::infinity()); });
+                auto most = pixel_of<S>([](int) { return S::set1(-std::numeric_limits<float>::infinity()); });
                 for (int64_t i = y0; i < y1; ++i)
                     for (int64_t j = x0; j < x1; ++j) {
                         const T* at = from.data + c * from.plane + i * from.row + j * kBlock;
@@ -80,56 +79,77 @@ static void max_pool(const Frame<typename S::Scalar>& frame, const NetworkStep& 
     });
 }
 
-template <class S>
-static void add(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
-    using T = typename S::Scalar;
-    const Image<T> a = frame.image(s.input, sample), b = frame.image(s.skip, sample),
-                   to = frame.image(s.output, sample);
-    frame.clear_halo(s.output, sample);
-    parallel(frame.runtime, planes_of(s.out_channels), [&](int64_t c) {
+// to = act(a + b), or act(a) where b has no data
+template <class S, class A, class B, class C>
+static void add_rows(const Runtime& runtime, const NetworkStep& s, const Image<A>& a, const Image<B>& b,
+                     const Image<C>& to) {
+    const int activation = static_cast<int>(s.activation);
+    parallel(runtime, planes_of(s.out_channels), [&](int64_t c) {
         for (int64_t y = 0; y < to.height; ++y) {
-            const T *left = a.data + c * a.plane + y * a.row, *right = b.data + c * b.plane + y * b.row;
-            T* out = to.data + c * to.plane + y * to.row;
-            for (int64_t i = 0; i < to.width * kBlock; i += S::kLanes)
-                S::store(out + i, activate<S>(S::add(S::load(left + i), S::load(right + i)),
-                                              static_cast<int>(s.activation)));
+            const A* left = a.data + c * a.plane + y * a.row;
+            const B* right = b.data ? b.data + c * b.plane + y * b.row : nullptr;
+            C* out = to.data + c * to.plane + y * to.row;
+            for (int64_t i = 0; i < to.width * kBlock; i += S::kLanes) {
+                const auto value = S::load(left + i);
+                S::store(out + i, activate<S>(right ? S::add(value, S::load(right + i)) : value, activation));
+            }
         }
+    });
+}
+
+template <class S>
+static void add(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+    frame.clear_halo(s.output, sample);
+    frame.with_value(s.output, sample, [&](const auto& to) {
+        frame.with_value(s.input, sample, [&](const auto& a) {
+            // what is added is of the kind of the sum
+            std::decay_t<decltype(to)> b{};
+            if (s.skip >= 0)
+                frame.with_value(s.skip, sample, [&](const auto& skip) {
+                    if constexpr (std::is_same_v<decltype(skip), decltype(to)>) b = skip;
+                });
+            add_rows<S>(frame.runtime, s, a, b, to);
+        });
     });
 }
 
 // The channels of a tensor in any layout, sixteen at a time.
 template <class S>
-static void import(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
-    using T = typename S::Scalar;
+static void import(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+    using T = Stored<S>;
     const NetworkTensor& tensor = frame.call.inputs[s.tensor];
-    const T* from = tensor.data + (frame.first + sample) * tensor.sample;
-    const Image<T> to = frame.image(s.output, sample);
+    const T* from = static_cast<const T*>(tensor.data) + (frame.first + sample) * tensor.sample;
     frame.clear_halo(s.output, sample);
-    parallel(frame.runtime, planes_of(tensor.channels), [&](int64_t c) {
-        const int64_t count = smaller(kBlock, tensor.channels - c * kBlock);
-        for (int64_t y = 0; y < to.height; ++y)
-            for (int64_t x = 0; x < to.width; ++x) {
-                T* pixel = to.data + c * to.plane + y * to.row + x * kBlock;
-                const T* at = from + c * kBlock * tensor.channel + y * tensor.row + x * tensor.column;
-                for (int64_t i = 0; i < kBlock; ++i) pixel[i] = i < count ? at[i * tensor.channel] : T(0);
-            }
+    frame.with_value(s.output, sample, [&](const auto& to) {
+        using Value = std::decay_t<decltype(*to.data)>;
+        parallel(frame.runtime, planes_of(tensor.channels), [&](int64_t c) {
+            const int64_t count = smaller(kBlock, tensor.channels - c * kBlock);
+            for (int64_t y = 0; y < to.height; ++y)
+                for (int64_t x = 0; x < to.width; ++x) {
+                    Value* pixel = to.data + c * to.plane + y * to.row + x * kBlock;
+                    const T* at = from + c * kBlock * tensor.channel + y * tensor.row + x * tensor.column;
+                    for (int64_t i = 0; i < kBlock; ++i)
+                        pixel[i] = i < count ? converted<Value>(at[i * tensor.channel]) : Value{};
+                }
+        });
     });
 }
 
 template <class S>
-static void export_(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
-    using T = typename S::Scalar;
+static void export_(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+    using T = Stored<S>;
     const NetworkTensor& tensor = frame.call.outputs[s.tensor];
-    T* to = tensor.data + (frame.first + sample) * tensor.sample;
-    const Image<T> from = frame.image(s.input, sample);
-    parallel(frame.runtime, planes_of(tensor.channels), [&](int64_t c) {
-        const int64_t count = smaller(kBlock, tensor.channels - c * kBlock);
-        for (int64_t y = 0; y < from.height; ++y)
-            for (int64_t x = 0; x < from.width; ++x) {
-                const T* pixel = from.data + c * from.plane + y * from.row + x * kBlock;
-                T* at = to + c * kBlock * tensor.channel + y * tensor.row + x * tensor.column;
-                for (int64_t i = 0; i < count; ++i) at[i * tensor.channel] = pixel[i];
-            }
+    T* to = static_cast<T*>(tensor.data) + (frame.first + sample) * tensor.sample;
+    frame.with_value(s.input, sample, [&](const auto& from) {
+        parallel(frame.runtime, planes_of(tensor.channels), [&](int64_t c) {
+            const int64_t count = smaller(kBlock, tensor.channels - c * kBlock);
+            for (int64_t y = 0; y < from.height; ++y)
+                for (int64_t x = 0; x < from.width; ++x) {
+                    const auto* pixel = from.data + c * from.plane + y * from.row + x * kBlock;
+                    T* at = to + c * kBlock * tensor.channel + y * tensor.row + x * tensor.column;
+                    for (int64_t i = 0; i < count; ++i) at[i * tensor.channel] = converted<T>(pixel[i]);
+                }
+        });
     });
 }
 

@@ -13,9 +13,16 @@
 
 namespace dcd::DCD_ISA::net {
 
+template <class S>
+static void dense_or_winograd(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+    if constexpr (std::is_same_v<Stored<S>, typename S::Scalar>)  // in bf16 there are no Winograd steps
+        if (s.winograd) return winograd<S>(frame, s, sample);
+    dense<S>(frame, s, sample);
+}
+
 // One step, for samples [n0, n1) of the frame.
 template <class S>
-static void step(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t n0, int64_t n1) {
+static void step(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t n0, int64_t n1) {
     if (s.kind == kLinear) return linear<S>(frame, s, n0, n1 - n0);
     if (s.kind == kBranch) return branch<S>(frame, s, n0, n1 - n0);
     for (int64_t n = n0; n < n1; ++n) {
@@ -24,7 +31,7 @@ static void step(const Frame<typename S::Scalar>& frame, const NetworkStep& s, i
                 stem<S>(frame, s, n);
                 break;
             case kDense:
-                s.winograd ? winograd<S>(frame, s, n) : dense<S>(frame, s, n);
+                dense_or_winograd<S>(frame, s, n);
                 break;
             case kDepthwise:
                 depthwise<S>(frame, s, n);  // its means come with it where there is one region
@@ -57,7 +64,7 @@ static void run(const NetworkCall& call, const Runtime& runtime) {
         if (call.shares > 1) own.threads = 1;
         const int64_t first = share * call.batch / call.shares,
                       samples = (share + 1) * call.batch / call.shares - first;
-        const Frame<typename S::Scalar> frame(call, own, first);
+        const Frame<Stored<S>> frame(call, own, first);
         const NetworkStep *at = call.program.steps, *end = at + call.program.step_count;
         while (at < end) {
             const NetworkStep* next = at;

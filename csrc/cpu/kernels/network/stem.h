@@ -10,11 +10,12 @@ namespace dcd::DCD_ISA::net {
 template <class S>
 class Stem {
   public:
-    using T = typename S::Scalar;
+    using T = Stored<S>;
+    using W = Weight<S>;
 
     Stem(const Frame<T>& frame, const NetworkStep& s, int64_t sample)
         : step_(s), x_(frame.call.inputs[s.tensor]), size_(frame.call.places[s.output]) {
-        image_ = x_.data + (frame.first + sample) * x_.sample;
+        image_ = static_cast<const T*>(x_.data) + (frame.first + sample) * x_.sample;
         line_ = x_.width + 2 * s.padding_w;
         int64_t tap_count = 0;
         // neighbouring columns of a line are read like the channels of a pixel
@@ -22,10 +23,10 @@ class Stem {
         for (int64_t line = 0; line < s.in_channels * s.kernel_h; ++line)
             for (int64_t x = 0; x < (runs ? 1 : s.kernel_w); ++x)
                 taps_[tap_count++] = line * line_ + x * s.dilation_w;
-        product_.weight = frame.constant(s.weight);
-        product_.weight_plane = s.in_channels * s.kernel_h * s.kernel_w * kBlock;
         product_.taps = taps_, product_.tap_count = tap_count;
         product_.channels = runs ? s.kernel_w : 1, product_.pixel = s.stride_w;
+        product_.weight = frame.weight(s.weight);
+        product_.weight_plane = tap_count * depth_of(product_.channels, kIsNarrow<W>) * kBlock;
         product_.bias = frame.constant(s.bias), product_.activation = static_cast<int>(s.activation);
     }
 
@@ -36,7 +37,7 @@ class Stem {
     int64_t scratch_size() const { return step_.in_channels * step_.kernel_h * line_; }
 
     void rows(int64_t plane, int64_t planes, int64_t y0, int64_t y1, const Image<T>& to, T* lines) const {
-        Product<T> product = product_;
+        Product<W> product = product_;
         product.output_plane = to.plane;
         for (int64_t y = y0; y < y1; ++y) {
             copy_lines(y, lines);
@@ -71,12 +72,12 @@ class Stem {
     const T* image_;
     int64_t line_;
     int64_t taps_[kMaxStemTaps];
-    Product<T> product_;
+    Product<W> product_;
 };
 
 template <class S>
-static void stem(const Frame<typename S::Scalar>& frame, const NetworkStep& s, int64_t sample) {
-    using T = typename S::Scalar;
+static void stem(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+    using T = Stored<S>;
     const Stem<S> work(frame, s, sample);
     const Image<T> to = frame.image(s.output, sample);
     const int64_t planes = planes_of(s.out_channels), at_once = TileLimits<S>::kPlanes;

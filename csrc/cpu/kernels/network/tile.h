@@ -10,8 +10,8 @@
 #include <limits>
 #include <utility>
 
-#include "../../../network.h"
 #include "../tile.h"
+#include "narrow.h"
 
 namespace dcd::DCD_ISA::net {
 
@@ -28,33 +28,33 @@ struct Ahead {
     }
 };
 
-template <class T>
+template <class W>
 struct Product {
-    // The static part: weight [planes Co, taps, Ci, 16]
-    const T* weight = nullptr;
+    // The static part: weight [planes Co, taps, Ci, 16], or pairs
+    const W* weight = nullptr;
     int64_t weight_plane = 0;
     const int64_t* taps = nullptr;  // where each tap reads, from a pixel's first one
     int64_t tap_count = 0, channels = 0;
     int64_t input_plane = 0, pixel = kBlock;  // distance of planes, and of what neighbouring outputs read
-    const T* static_bias = nullptr;           // [planes Co, 16] or null, as are lam, bias and skip_scale
-    const T* lam = nullptr;
-    // The dynamic part: p [planes Co, L, 16], the mixed latent [planes L, pixels, 16]
-    const T* p = nullptr;
+    const float* static_bias = nullptr;       // [planes Co, 16] or null, as are lam, bias and skip_scale
+    const float* lam = nullptr;
+    // The dynamic part: p [planes Co, L, 16], or pairs; the mixed latent [planes L, pixels, 16]
+    const W* p = nullptr;
     int64_t p_plane = 0, latent = 0, latent_plane = 0;
-    const T* bias = nullptr;
-    const T* skip_scale = nullptr;
+    const float* bias = nullptr;
+    const float* skip_scale = nullptr;
     int64_t skip_plane = 0, output_plane = 0;
     int activation = kNone;
-    Ahead<T>* ahead = nullptr;  // of the one thread that computes the product, if it is one
+    Ahead<float>* ahead = nullptr;  // of the one thread that computes the product, if it is one
 };
 
 // Where one tile reads and writes: its first pixel, the first of its planes.
-template <class T>
+template <class TYPES>
 struct Places {
-    const T* input;
-    const T* latent;
-    const T* skip;
-    T* output;
+    const typename TYPES::In* input;
+    const typename TYPES::In* latent;
+    const typename TYPES::Out* skip;
+    typename TYPES::Out* output;
 };
 
 template <class S>
@@ -73,40 +73,112 @@ static inline bool is_clamp(int activation, T& low, T& high) {
     return activation <= kRelu6;
 }
 
-template <class S, int PIXELS, int PLANES, int STEP>
+template <class S, class TYPES, int PIXELS, int PLANES, int STEP>
 struct Tile {
-    using T = typename S::Scalar;
+    using In = typename TYPES::In;
+    using Weights = typename TYPES::W;
     using V = typename S::Vec;
     static constexpr int W = S::kLanes, VECTORS = TileLimits<S>::kVectors, ALL = PLANES * VECTORS;
 
     // The weights of `count` channels of one tap.
     template <int STRIDE>
-    __attribute__((always_inline)) static inline void multiply(V (&acc)[PIXELS][ALL], const T* x,
-                                                               int64_t pixel, const T*& w,
+    __attribute__((always_inline)) static inline void multiply(V (&acc)[PIXELS][ALL], const In* x,
+                                                               int64_t pixel, const Weights*& w,
                                                                int64_t weight_plane, int64_t count) {
         const int64_t step = STRIDE ? STRIDE : pixel;
-        constexpr int64_t kReach = 8 * 1024 / sizeof(T);
-        for (int64_t k = 0; k < count; ++k, w += kBlock) {
-#pragma GCC unroll 2
-            for (int j = 0; STRIDE == kBlock && j < PLANES; ++j)
-                __builtin_prefetch(w + j * weight_plane + kReach, 0, 3);
-            V weight[ALL];
+        if constexpr (kIsNarrow<Weights>) {
+            for (; count > 1; count -= 2, x += 2, w += kBlock) {
+                fetch<STRIDE>(w, weight_plane);
+                multiply_pair(acc, x, step, w, weight_plane);
+            }
+            if (count) multiply_last(acc, x, step, w, weight_plane), w += kBlock;
+        } else {
+            for (int64_t k = 0; k < count; ++k, w += kBlock) {
+                fetch<STRIDE>(w, weight_plane);
+                V weight[ALL];
 #pragma GCC unroll 8
-            for (int j = 0; j < ALL; ++j)
-                weight[j] = S::load(w + (j / VECTORS) * weight_plane + (j % VECTORS) * W);
+                for (int j = 0; j < ALL; ++j)
+                    weight[j] = S::load(w + (j / VECTORS) * weight_plane + (j % VECTORS) * W);
 #pragma GCC unroll 16
-            for (int i = 0; i < PIXELS; ++i) {
-                const V value = S::set1(x[i * step + k]);
+                for (int i = 0; i < PIXELS; ++i) {
+                    const V value = S::set1(x[i * step + k]);
 #pragma GCC unroll 8
-                for (int j = 0; j < ALL; ++j) acc[i][j] = S::fma(value, weight[j], acc[i][j]);
+                    for (int j = 0; j < ALL; ++j) acc[i][j] = S::fma(value, weight[j], acc[i][j]);
+                }
             }
         }
     }
 
     template <int STRIDE>
-    __attribute__((always_inline)) static inline void planes(V (&acc)[PIXELS][ALL], const T* x,
-                                                             int64_t input_plane, int64_t pixel, const T*& w,
-                                                             int64_t weight_plane, int64_t channels) {
+    __attribute__((always_inline)) static inline void fetch(const Weights* w, int64_t weight_plane) {
+        constexpr int64_t kReach = 8 * 1024 / sizeof(*w);
+#pragma GCC unroll 2
+        for (int j = 0; STRIDE == kBlock && j < PLANES; ++j)
+            __builtin_prefetch(w + j * weight_plane + kReach, 0, 3);
+    }
+
+    // Two channels of every pixel.
+    __attribute__((always_inline)) static inline void multiply_pair(V (&acc)[PIXELS][ALL], const In* x,
+                                                                    int64_t step, const Weights* w,
+                                                                    int64_t weight_plane) {
+        if constexpr (S::kDots && kIsNarrow<In>) {
+            multiply_dots(acc, w, weight_plane, [&](int i) { return S::pair(x + i * step); });
+        } else {
+            multiply_half(
+                acc, w, weight_plane, [](const Weights* p) { return S::firsts(p); },
+                [&](int i) { return S::set_first(x + i * step); });
+            // both halves are loaded anew: kept in registers, they would displace the sums
+            __asm__ volatile("" ::: "memory");
+            multiply_half(
+                acc, w, weight_plane, [](const Weights* p) { return S::seconds(p); },
+                [&](int i) { return S::set_second(x + i * step); });
+        }
+    }
+    // The last of an odd number of channels: what lies behind it is not read.
+    __attribute__((always_inline)) static inline void multiply_last(V (&acc)[PIXELS][ALL], const In* x,
+                                                                    int64_t step, const Weights* w,
+                                                                    int64_t weight_plane) {
+        if constexpr (S::kDots && kIsNarrow<In>)
+            multiply_dots(acc, w, weight_plane, [&](int i) { return S::lone(x + i * step); });
+        else
+            multiply_half(
+                acc, w, weight_plane, [](const Weights* p) { return S::firsts(p); },
+                [&](int i) { return S::set1(value_of(x[i * step])); });
+    }
+    template <class F>
+    __attribute__((always_inline)) static inline void multiply_dots(V (&acc)[PIXELS][ALL], const Weights* w,
+                                                                    int64_t weight_plane, const F& pair) {
+        typename S::Pairs weight[ALL];
+#pragma GCC unroll 8
+        for (int j = 0; j < ALL; ++j)
+            weight[j] = S::pairs(w + (j / VECTORS) * weight_plane + (j % VECTORS) * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < PIXELS; ++i) {
+            const auto value = pair(i);
+#pragma GCC unroll 8
+            for (int j = 0; j < ALL; ++j) acc[i][j] = S::dot(value, weight[j], acc[i][j]);
+        }
+    }
+    template <class L, class F>
+    __attribute__((always_inline)) static inline void multiply_half(V (&acc)[PIXELS][ALL], const Weights* w,
+                                                                    int64_t weight_plane, const L& half,
+                                                                    const F& value_at) {
+        V weight[ALL];
+#pragma GCC unroll 8
+        for (int j = 0; j < ALL; ++j) weight[j] = half(w + (j / VECTORS) * weight_plane + (j % VECTORS) * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < PIXELS; ++i) {
+            const V value = value_at(i);
+#pragma GCC unroll 8
+            for (int j = 0; j < ALL; ++j) acc[i][j] = S::fma(value, weight[j], acc[i][j]);
+        }
+    }
+
+    template <int STRIDE>
+    __attribute__((always_inline)) static inline void planes(V (&acc)[PIXELS][ALL], const In* x,
+                                                             int64_t input_plane, int64_t pixel,
+                                                             const Weights*& w, int64_t weight_plane,
+                                                             int64_t channels) {
         for (; channels >= kBlock; channels -= kBlock, x += input_plane)
             multiply<STRIDE>(acc, x, pixel, w, weight_plane, kBlock);
         if (channels) multiply<STRIDE>(acc, x, pixel, w, weight_plane, channels);
@@ -120,17 +192,17 @@ struct Tile {
             for (int j = 0; j < ALL; ++j) acc[i][j] = f(acc[i][j], i, j);
     }
 
-    static void run(const Product<T>& s, int64_t plane, const Places<T>& at) {
+    static void run(const Product<Weights>& s, int64_t plane, const Places<TYPES>& at) {
         V acc[PIXELS][ALL];
         const bool plain = !s.lam && !s.static_bias;
-        const T* start = plain ? s.bias : s.static_bias;
+        const float* start = plain ? s.bias : s.static_bias;
         if (start) {
             start += plane * kBlock;
             each(acc, [&](V, int, int j) { return S::load(start + j * W); });
         } else {
             each(acc, [](V, int, int) { return S::zero(); });
         }
-        const T* w = s.weight + plane * s.weight_plane;
+        const Weights* w = s.weight + plane * s.weight_plane;
         for (int64_t t = 0; t < s.tap_count; ++t)
             planes<STEP>(acc, at.input + s.taps[t], s.input_plane, s.pixel, w, s.weight_plane, s.channels);
         if (s.lam) {
@@ -140,11 +212,11 @@ struct Tile {
             each(acc, [&](V a, int, int j) { return S::mul(a, lam[j]); });
         }
         if (s.latent) {
-            const T* p = s.p + plane * s.p_plane;
+            const Weights* p = s.p + plane * s.p_plane;
             planes<kBlock>(acc, at.latent, s.latent_plane, kBlock, p, s.p_plane, s.latent);
         }
         if (!plain && s.bias) {
-            const T* bias = s.bias + plane * kBlock;
+            const float* bias = s.bias + plane * kBlock;
             each(acc, [&](V a, int, int j) { return S::add(a, S::load(bias + j * W)); });
         }
         if (at.skip) {
@@ -152,13 +224,13 @@ struct Tile {
                 return S::load(at.skip + (j / VECTORS) * s.skip_plane + i * kBlock + (j % VECTORS) * W);
             };
             if (s.skip_scale) {
-                const T* scale = s.skip_scale + plane * kBlock;
+                const float* scale = s.skip_scale + plane * kBlock;
                 each(acc, [&](V a, int i, int j) { return S::fma(S::load(scale + j * W), skip(i, j), a); });
             } else {
                 each(acc, [&](V a, int i, int j) { return S::add(a, skip(i, j)); });
             }
         }
-        T low, high;
+        float low, high;
         if (is_clamp(s.activation, low, high)) {
             const V lower = S::set1(low), upper = S::set1(high);
             if (s.activation != kNone)
@@ -175,32 +247,37 @@ struct Tile {
     }
 };
 
-template <class S>
-using RunTile = void (*)(const Product<typename S::Scalar>&, int64_t, const Places<typename S::Scalar>&);
+template <class TYPES>
+using RunTile = void (*)(const Product<typename TYPES::W>&, int64_t, const Places<TYPES>&);
 
-template <class S, int PLANES, int STEP, int... PIXELS>
-constexpr std::array<RunTile<S>, sizeof...(PIXELS)> tiles(std::integer_sequence<int, PIXELS...>) {
-    return {&Tile<S, PIXELS + 1, PLANES, STEP>::run...};
+template <class S, class TYPES, int PLANES, int STEP, int... PIXELS>
+constexpr std::array<RunTile<TYPES>, sizeof...(PIXELS)> tiles(std::integer_sequence<int, PIXELS...>) {
+    return {&Tile<S, TYPES, PIXELS + 1, PLANES, STEP>::run...};
 }
 
 // For the distance `pixel` of neighbouring pixels: by the number of pixels, less one.
-template <class S, int PLANES>
-static inline const RunTile<S>* tiles_for(int64_t pixel) {
+template <class S, class TYPES, int PLANES>
+static inline const RunTile<TYPES>* tiles_for([[maybe_unused]] int64_t pixel) {
     using Counts = std::make_integer_sequence<int, TileLimits<S>::kPixels>;
-    static constexpr auto kNear = tiles<S, PLANES, kBlock>(Counts{}),
-                          kStrided = tiles<S, PLANES, 2 * kBlock>(Counts{}),
-                          kStem = tiles<S, PLANES, 2>(Counts{}), kAny = tiles<S, PLANES, 0>(Counts{});
-    return pixel == kBlock       ? kNear.data()
-           : pixel == 2 * kBlock ? kStrided.data()
-           : pixel == 2          ? kStem.data()
-                                 : kAny.data();
+    static constexpr auto kNear = tiles<S, TYPES, PLANES, kBlock>(Counts{});
+    if constexpr (std::is_same_v<typename TYPES::In, Stored<S>>) {
+        static constexpr auto kStrided = tiles<S, TYPES, PLANES, 2 * kBlock>(Counts{}),
+                              kStem = tiles<S, TYPES, PLANES, 2>(Counts{}),
+                              kAny = tiles<S, TYPES, PLANES, 0>(Counts{});
+        return pixel == kBlock       ? kNear.data()
+               : pixel == 2 * kBlock ? kStrided.data()
+               : pixel == 2          ? kStem.data()
+                                     : kAny.data();
+    } else {
+        return kNear.data();  // no image
+    }
 }
 
-template <class S>
-static inline const RunTile<S>* tiles_for(int64_t pixel, int64_t planes) {
+template <class S, class TYPES>
+static inline const RunTile<TYPES>* tiles_for(int64_t pixel, int64_t planes) {
     if constexpr (TileLimits<S>::kPlanes == 2)
-        if (planes == 2) return tiles_for<S, 2>(pixel);
-    return tiles_for<S, 1>(pixel);
+        if (planes == 2) return tiles_for<S, TYPES, 2>(pixel);
+    return tiles_for<S, TYPES, 1>(pixel);
 }
 
 // What the rows of an image are apart in each operand.
@@ -209,15 +286,14 @@ struct Rows {
 };
 
 // Rows [y0, y1) of planes [plane, plane + planes) of the result, planes at most kPlanes; `at` is row 0.
-template <class S>
-static void product_rows(const Product<typename S::Scalar>& s, int64_t plane, int64_t planes,
-                         const Places<typename S::Scalar>& at, const Rows& rows, int64_t width, int64_t y0,
-                         int64_t y1) {
+template <class S, class TYPES = Types<Stored<S>, Weight<S>, Stored<S>>>
+static void product_rows(const Product<typename TYPES::W>& s, int64_t plane, int64_t planes,
+                         const Places<TYPES>& at, const Rows& rows, int64_t width, int64_t y0, int64_t y1) {
     constexpr int64_t kPixels = TileLimits<S>::kPixels;
-    const RunTile<S>* run = tiles_for<S>(s.pixel, planes);
+    const RunTile<TYPES>* run = tiles_for<S, TYPES>(s.pixel, planes);
     const int64_t tiles = (width + kPixels - 1) / kPixels;
     // about a byte a cycle
-    const int64_t lines = s.tap_count * s.channels / 4 + 1;
+    const int64_t lines = s.tap_count * s.channels / (kIsNarrow<typename TYPES::W> ? 8 : 4) + 1;
     for (int64_t y = y0; y < y1; ++y)
         for (int64_t t = 0; t < tiles; ++t) {
             if (s.ahead) s.ahead->fetch(lines);
