@@ -2,7 +2,9 @@
 // y = act(lam (W * x + static_bias) + P Phi (Q^T x + latent_bias) + bias + skip) for one sample, by the
 // cheaper of two orders: factored, with the latent of all pixels formed first, or synthesised, where each
 // pair of planes of W_n = diag(lam) W + Q Phi^T P^T is formed in the first-level cache and then multiplied
-// with all pixels.
+// with all pixels. Where P Phi Q^T is block-diagonal (paper, Eq. 7), each block has planes of latent channels
+// of its own, and only those of the blocks that some planes belong to are multiplied with them. Joint fusion
+// (Eq. 9) is a convolution of the latent, whose filters are sums of R Phi.
 #pragma once
 
 #include "frame.h"
@@ -12,42 +14,69 @@ namespace dcd::DCD_ISA::net {
 // Multiply-adds that the dynamic residual adds to one sample; whole vectors of the latent are computed.
 static inline bool synthesis_pays(const NetworkStep& s, int64_t pixels) {
     const int64_t wide = planes_of(s.latent) * kBlock, taps = s.kernel_h * s.kernel_w;
-    return taps == 1 && s.latent &&
-           s.out_channels * (s.in_channels * (s.latent + 1) + s.latent * s.latent) <
-               pixels * (s.in_channels * wide + s.latent * wide + s.latent * s.out_channels);
+    return taps == 1 && s.latent && !s.latent_kernel &&
+           s.out_channels * (s.in_channels / s.blocks * (s.latent + s.blocks) + s.latent * s.latent) <
+               pixels * (s.in_channels * wide + s.blocks * s.latent * wide + s.latent * s.out_channels);
 }
 
+// The blocks of the residual that planes [plane, plane + planes) of the output belong to.
+struct Blocks {
+    int64_t first, last;
+    Blocks(int64_t plane, int64_t planes, int64_t out_channels, int64_t blocks) {
+        const int64_t rows = out_channels / blocks;
+        first = plane * kBlock / rows;
+        last = (smaller((plane + planes) * kBlock, out_channels) - 1) / rows;
+    }
+};
+
 // [planes, rows, 16]: the matrix of `rows` rows that W_n, or a filter of a depthwise layer, is for one
-// sample: lam fixed + left Phi^T P^T. left [planes L, rows, 16], fixed [planes, rows, 16].
+// sample: lam fixed + left Phi^T P^T. left [blocks, planes L, rows, 16], fixed [planes, rows, 16], p [planes,
+// latents of all blocks, 16].
 template <class T>
 struct Synthesis {
     const T *left, *fixed, *p;
     int64_t rows, latent;
-    const T *lam, *phi;  // [planes, 16] or null; [planes L (row), L (column), 16]
+    const T *lam, *phi;  // [planes, 16] or null; [blocks, planes L (row), L (column), 16]
+    int64_t out_channels, blocks, p_plane;
 
     static int64_t scratch_size(int64_t latent, int64_t rows, int64_t planes) {
         return planes * kBlock * (latent + rows + 1);
     }
 };
 
-// For planes [plane, plane + planes): `to` gets the rows; `fused` [planes, L, 16] the product P Phi.
+// For planes [plane, plane + planes): `to` gets the rows; `fused` [planes, L, 16] the product P Phi, of the
+// last block. Each row is of one block; those of others than these planes' are lam fixed alone.
 template <class S>
 static void synthesise(const Synthesis<typename S::Scalar>& s, int64_t plane, int64_t planes,
                        typename S::Scalar* fused, typename S::Scalar* to) {
     using T = typename S::Scalar;
-    const int64_t none = 0;
+    const int64_t none = 0, wide = planes_of(s.latent) * kBlock, rows = s.rows / s.blocks;
+    const Blocks blocks(plane, planes, s.out_channels, s.blocks);
+    const T* fixed = s.fixed + plane * s.rows * kBlock;
     Product<T> fuse;
     fuse.taps = &none, fuse.tap_count = 1, fuse.channels = s.latent;
-    fuse.weight = s.p + plane * s.latent * kBlock, fuse.weight_plane = s.latent * kBlock;
+    fuse.weight_plane = s.p_plane;
     fuse.input_plane = s.latent * kBlock, fuse.output_plane = s.latent * kBlock;
-    product_rows<S>(fuse, 0, planes, {s.phi, nullptr, nullptr, fused}, {}, s.latent, 0, 1);
     Product<T> sum;
     sum.taps = &none, sum.tap_count = 1, sum.channels = s.latent;
     sum.weight = fused, sum.weight_plane = s.latent * kBlock;
     sum.input_plane = sum.skip_plane = sum.output_plane = s.rows * kBlock;
     sum.skip_scale = s.lam ? s.lam + plane * kBlock : nullptr;
-    product_rows<S>(sum, 0, planes, {s.left, nullptr, s.fixed + plane * s.rows * kBlock, to}, {}, s.rows, 0,
-                    1);
+    for (int64_t block = blocks.first; block <= blocks.last; ++block) {
+        fuse.weight = s.p + plane * s.p_plane + block * wide * kBlock;
+        product_rows<S>(fuse, 0, planes, {s.phi + block * wide * s.latent, nullptr, nullptr, fused}, {},
+                        s.latent, 0, 1);
+        const int64_t row = block * rows * kBlock;
+        product_rows<S>(sum, 0, planes,
+                        {s.left + block * wide * s.rows + row, nullptr, fixed + row, to + row}, {}, rows, 0,
+                        1);
+    }
+    sum.channels = 0;
+    const auto without = [&](int64_t begin, int64_t end) {
+        const int64_t row = begin * kBlock;
+        product_rows<S>(sum, 0, planes, {s.left, nullptr, fixed + row, to + row}, {}, end - begin, 0, 1);
+    };
+    without(0, blocks.first * rows), without((blocks.last + 1) * rows, s.rows);
 }
 
 // One dense step on one sample. Made once; then any planes of any rows, from any thread.
@@ -83,10 +112,20 @@ class Dense {
                           s.in_channels,
                           s.latent,
                           product_.lam,
-                          phi};
+                          phi,
+                          s.out_channels,
+                          s.blocks,
+                          latent_width(s) * kBlock};
             latent_bias_ = frame.constant(s.latent_bias);
         } else if (s.latent) {
-            project(frame, phi);
+            const int64_t planes = s.blocks * planes_of(s.latent), pixels = size_.height * size_.width;
+            product_.p = frame.constant(s.p), product_.p_plane = latent_width(s) * kBlock;
+            product_.latent_plane = pixels * kBlock;
+            latent_ = frame.work;
+            if (s.latent_kernel)
+                project_jointly(frame, phi, frame.work, frame.work + planes * pixels * kBlock);
+            else
+                project(frame, phi, frame.work, frame.work + planes * pixels * kBlock);
         }
     }
 
@@ -105,6 +144,12 @@ class Dense {
     // The product for these planes, whose weights, if they are synthesised, lie in `memory` from now on.
     Product<T> open(int64_t plane, int64_t planes, T* memory) const {
         Product<T> product = product_;
+        if (latent_) {
+            const Blocks blocks(plane, planes, step_.out_channels, step_.blocks);
+            const int64_t wide = planes_of(step_.latent) * kBlock;
+            product.p += blocks.first * wide * kBlock;
+            product.latent = (blocks.last - blocks.first) * wide + step_.latent;
+        }
         if (!synthesised_) return product;
         T* fused = memory;
         T* weight = fused + planes * step_.latent * kBlock;
@@ -141,33 +186,35 @@ class Dense {
     void rows(Product<T>& product, int64_t plane, int64_t planes, int64_t y0, int64_t y1, const Image<T>& to,
               const T* skip, int64_t skip_plane, int64_t skip_row) const {
         product.output_plane = to.plane, product.skip_plane = skip_plane;
-        int64_t width = size_.width;
+        const int64_t width = size_.width;
+        const T* latent = latent_;
+        if (latent)
+            latent += Blocks(plane, planes, step_.out_channels, step_.blocks).first *
+                      planes_of(step_.latent) * product.latent_plane;
         if (product.tap_count == 1 && step_.stride_h == 1 && step_.stride_w == 1 && x_.is_dense() &&
             to.is_dense() && x_.width == width && (!skip || skip_row == width * kBlock)) {
             // one long row
             const int64_t begin = y0 * width, pixels = (y1 - y0) * width;
             product_rows<S>(product, plane, planes,
-                            {x_.data + begin * kBlock, latent_ ? latent_ + begin * kBlock : nullptr,
+                            {x_.data + begin * kBlock, latent ? latent + begin * kBlock : nullptr,
                              skip ? skip + begin * kBlock : nullptr, to.data + begin * kBlock},
                             {}, pixels, 0, 1);
             return;
         }
-        product_rows<S>(product, plane, planes, {x_.data, latent_, skip, to.data},
+        product_rows<S>(product, plane, planes, {x_.data, latent, skip, to.data},
                         {step_.stride_h * x_.row, width * kBlock, skip_row, to.row}, width, y0, y1);
     }
 
   private:
-    // T' = Phi (Q^T x + latent_bias) of all output pixels
-    void project(const Frame<T>& frame, const T* phi) {
+    // mixed = Phi (Q^T x + latent_bias) of all output pixels
+    void project(const Frame<T>& frame, const T* phi, T* mixed, T* latent) {
         const NetworkStep& s = step_;
         const int64_t planes = planes_of(s.latent), pixels = size_.height * size_.width;
-        T* latent = frame.work;
-        T* mixed = latent + planes * pixels * kBlock;
         const int64_t centre = ((s.kernel_h / 2) * s.dilation_h - s.padding_h) * x_.row +
                                ((s.kernel_w / 2) * s.dilation_w - s.padding_w) * kBlock;
         Product<T> first;
-        first.taps = &centre, first.tap_count = 1, first.channels = s.in_channels;
-        first.weight = frame.constant(s.q), first.weight_plane = s.in_channels * kBlock;
+        first.taps = &centre, first.tap_count = 1;
+        first.weight_plane = s.in_channels * kBlock;
         first.input_plane = x_.plane, first.pixel = s.stride_w * kBlock;
         first.bias = frame.constant(s.latent_bias), first.output_plane = pixels * kBlock;
         const int64_t none = 0;
@@ -178,15 +225,67 @@ class Dense {
         const bool flat = centre == 0 && s.stride_h == 1 && s.stride_w == 1 && x_.is_dense();
         const int64_t height = flat ? 1 : size_.height, width = flat ? pixels : size_.width;
         const Rows rows{s.stride_h * x_.row, 0, 0, width * kBlock};
-        for (int64_t plane = 0; plane < planes; ++plane)
-            product_rows<S>(first, plane, 1, {x_.data, nullptr, nullptr, latent + plane * pixels * kBlock},
+        for (int64_t plane = 0; plane < s.blocks * planes; ++plane) {
+            // the planes of x that the block's channels are in
+            const int64_t block = plane / planes, channels = s.in_channels / s.blocks;
+            const int64_t begin = block * channels / kBlock;
+            first.channels = (block + 1) * channels - begin * kBlock;
+            first.weight = frame.constant(s.q) + begin * kBlock * kBlock;
+            product_rows<S>(first, plane, 1,
+                            {x_.data + begin * x_.plane, nullptr, nullptr, latent + plane * pixels * kBlock},
                             rows, width, 0, height);
+        }
+        for (int64_t plane = 0; plane < s.blocks * planes; ++plane)
+            product_rows<S>(second, plane, 1,
+                            {latent + plane / planes * planes * pixels * kBlock, nullptr, nullptr,
+                             mixed + plane * pixels * kBlock},
+                            {}, pixels, 0, 1);
+    }
+
+    // mixed = sum over taps of M_tap (Q^T x) at the tap, M_tap = sum over c of R[tap, c] Phi_c. R
+    // first would take fewer multiply-adds, but L_k images in between.
+    void project_jointly(const Frame<T>& frame, const T* phi, T* mixed, T* memory) {
+        constexpr int W = S::kLanes;
+        const NetworkStep& s = step_;
+        const int64_t planes = planes_of(s.latent), pixels = size_.height * size_.width,
+                      tap_count = product_.tap_count, matrix = s.latent * kBlock;
+        const T* r = frame.constant(s.r);
+        for (int64_t plane = 0; plane < planes; ++plane, phi += s.latent_kernel * matrix)
+            for (int64_t tap = 0; tap < tap_count; ++tap)
+                for (int64_t i = 0; i < matrix; i += W) {
+                    auto sum = S::zero();
+                    for (int64_t c = 0; c < s.latent_kernel; ++c)
+                        sum =
+                            S::fma(S::set1(r[tap * s.latent_kernel + c]), S::load(phi + c * matrix + i), sum);
+                    S::store(memory + (plane * tap_count + tap) * matrix + i, sum);
+                }
+        Image<T> latent;
+        latent.height = x_.height, latent.width = x_.width;
+        latent.row = (x_.width + 2 * s.padding_w) * kBlock;
+        latent.plane = (x_.height + 2 * s.padding_h) * latent.row;
+        latent.data = memory + planes * tap_count * matrix + s.padding_h * latent.row + s.padding_w * kBlock;
+        Frame<T>::clear_halo(latent, planes, s.padding_h, s.padding_w);
+        const int64_t none = 0;
+        int64_t around[kMaxTaps];
+        for (int64_t y = 0; y < s.kernel_h; ++y)
+            for (int64_t x = 0; x < s.kernel_w; ++x)
+                around[y * s.kernel_w + x] =
+                    (y * s.dilation_h - s.padding_h) * latent.row + (x * s.dilation_w - s.padding_w) * kBlock;
+        Product<T> first;
+        first.taps = &none, first.tap_count = 1, first.channels = s.in_channels;
+        first.weight = frame.constant(s.q), first.weight_plane = s.in_channels * kBlock;
+        first.input_plane = x_.plane, first.output_plane = latent.plane;
+        Product<T> second;
+        second.taps = around, second.tap_count = tap_count, second.channels = s.latent;
+        second.weight = memory, second.weight_plane = tap_count * matrix;
+        second.input_plane = latent.plane, second.pixel = s.stride_w * kBlock;
         for (int64_t plane = 0; plane < planes; ++plane)
-            product_rows<S>(second, plane, 1, {latent, nullptr, nullptr, mixed + plane * pixels * kBlock}, {},
-                            pixels, 0, 1);
-        latent_ = mixed;
-        product_.p = frame.constant(s.p), product_.p_plane = s.latent * kBlock;
-        product_.latent = s.latent, product_.latent_plane = pixels * kBlock;
+            product_rows<S>(first, plane, 1, {x_.data, nullptr, nullptr, latent.data + plane * latent.plane},
+                            {x_.row, 0, 0, latent.row}, x_.width, 0, x_.height);
+        for (int64_t plane = 0; plane < planes; ++plane)
+            product_rows<S>(
+                second, plane, 1, {latent.data, nullptr, nullptr, mixed + plane * pixels * kBlock},
+                {s.stride_h * latent.row, 0, 0, size_.width * kBlock}, size_.width, 0, size_.height);
     }
 
     const NetworkStep& step_;

@@ -170,14 +170,16 @@ static void depthwise(const Frame<typename S::Scalar>& frame, const NetworkStep&
                   at_once = TileLimits<S>::kPlanes;
     const T* coefficients = frame.vector(s.coefficients, sample);
     const T* lam = s.lam_channels ? coefficients : nullptr;
-    const Synthesis<T> filters{
-        frame.constant(s.q),
-        frame.constant(s.weight),
-        frame.constant(s.p),
-        taps,
-        s.latent,
-        lam,
-        coefficients ? coefficients + (s.lam_channels ? planes * kBlock : 0) : nullptr};
+    const Synthesis<T> filters{frame.constant(s.q),
+                               frame.constant(s.weight),
+                               frame.constant(s.p),
+                               taps,
+                               s.latent,
+                               lam,
+                               coefficients ? coefficients + (s.lam_channels ? planes * kBlock : 0) : nullptr,
+                               s.out_channels,
+                               1,
+                               s.latent * kBlock};
     T* pooled = frame.vector(s.pooled, sample);
     frame.clear_halo(s.output, sample);
     parallel(frame.runtime, (planes + at_once - 1) / at_once, [&](int64_t task) {
