@@ -225,21 +225,21 @@ class Dense {
         const bool flat = centre == 0 && s.stride_h == 1 && s.stride_w == 1 && x_.is_dense();
         const int64_t height = flat ? 1 : size_.height, width = flat ? pixels : size_.width;
         const Rows rows{s.stride_h * x_.row, 0, 0, width * kBlock};
-        for (int64_t plane = 0; plane < s.blocks * planes; ++plane) {
+        each_latent_plane([&](int64_t block, int64_t plane, int64_t count) {
             // the planes of x that the block's channels are in
-            const int64_t block = plane / planes, channels = s.in_channels / s.blocks;
-            const int64_t begin = block * channels / kBlock;
+            const int64_t channels = s.in_channels / s.blocks, begin = block * channels / kBlock;
             first.channels = (block + 1) * channels - begin * kBlock;
             first.weight = frame.constant(s.q) + begin * kBlock * kBlock;
-            product_rows<S>(first, plane, 1,
+            product_rows<S>(first, plane, count,
                             {x_.data + begin * x_.plane, nullptr, nullptr, latent + plane * pixels * kBlock},
                             rows, width, 0, height);
-        }
-        for (int64_t plane = 0; plane < s.blocks * planes; ++plane)
-            product_rows<S>(second, plane, 1,
-                            {latent + plane / planes * planes * pixels * kBlock, nullptr, nullptr,
+        });
+        each_latent_plane([&](int64_t block, int64_t plane, int64_t count) {
+            product_rows<S>(second, plane, count,
+                            {latent + block * planes * pixels * kBlock, nullptr, nullptr,
                              mixed + plane * pixels * kBlock},
                             {}, pixels, 0, 1);
+        });
     }
 
     // mixed = sum over taps of M_tap (Q^T x) at the tap, M_tap = sum over c of R[tap, c] Phi_c. R
@@ -279,13 +279,26 @@ class Dense {
         second.taps = around, second.tap_count = tap_count, second.channels = s.latent;
         second.weight = memory, second.weight_plane = tap_count * matrix;
         second.input_plane = latent.plane, second.pixel = s.stride_w * kBlock;
-        for (int64_t plane = 0; plane < planes; ++plane)
-            product_rows<S>(first, plane, 1, {x_.data, nullptr, nullptr, latent.data + plane * latent.plane},
+        second.output_plane = pixels * kBlock;
+        each_latent_plane([&](int64_t, int64_t plane, int64_t count) {
+            product_rows<S>(first, plane, count,
+                            {x_.data, nullptr, nullptr, latent.data + plane * latent.plane},
                             {x_.row, 0, 0, latent.row}, x_.width, 0, x_.height);
-        for (int64_t plane = 0; plane < planes; ++plane)
+        });
+        each_latent_plane([&](int64_t, int64_t plane, int64_t count) {
             product_rows<S>(
-                second, plane, 1, {latent.data, nullptr, nullptr, mixed + plane * pixels * kBlock},
+                second, plane, count, {latent.data, nullptr, nullptr, mixed + plane * pixels * kBlock},
                 {s.stride_h * latent.row, 0, 0, size_.width * kBlock}, size_.width, 0, size_.height);
+        });
+    }
+
+    // f(block, plane, planes) for the planes of the latent, as many at once as a tile takes of one block.
+    template <class F>
+    void each_latent_plane(const F& f) const {
+        const int64_t planes = planes_of(step_.latent);
+        for (int64_t block = 0; block < step_.blocks; ++block)
+            for (int64_t plane = 0; plane < planes; plane += TileLimits<S>::kPlanes)
+                f(block, block * planes + plane, smaller(TileLimits<S>::kPlanes, planes - plane));
     }
 
     const NetworkStep& step_;
