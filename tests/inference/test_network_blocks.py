@@ -63,6 +63,8 @@ def test_which_blocks_go_together():
 
 LAYERS = {
     "3×3 at the centre": lambda: blocked(30, 42, 3, blocks=3, latent_channels=4),
+    "3×3 by Winograd": lambda: blocked(36, 42, 3, blocks=3, latent_channels=4),
+    "3×3 by Winograd, one plane a block": lambda: blocked(32, 64, 3, blocks=4, latent_channels=17),
     "3×3, strided": lambda: blocked(30, 42, 3, blocks=2, latent_channels=17, stride=2, pool_size=2),
     "1×1, strided": lambda: blocked(30, 42, blocks=2, latent_channels=4, stride=(2, 1)),
     "1×1, padded": lambda: blocked(30, 42, blocks=6, latent_channels=2, padding=(1, 2)),
@@ -71,6 +73,7 @@ LAYERS = {
         30, 42, blocks=6, latent_channels=2, branch_bias=True, activation="silu"
     ),
     "joint": lambda: joint(30, 42, 3, latent_channels=5),
+    "joint, by Winograd": lambda: joint(33, 50, 3, latent_channels=18),
     "joint, two planes of latents": lambda: joint(30, 42, 3, latent_channels=20, pool_size=2),
     "joint, strided": lambda: joint(30, 18, 3, stride=(2, 1), latent_kernel=3, activation="hardswish"),
     "joint, even kernel": lambda: joint(30, 18, (2, 4), padding=(1, 2), latent_kernel=1),

@@ -132,9 +132,24 @@ class Dense {
     Dense(const Dense&) = delete;
     Dense& operator=(const Dense&) = delete;
 
-    // What winograd.h applies by itself; [planes L, pixels, 16].
-    const Product<T>& product() const { return product_; }
-    const T* latent() const { return latent_; }
+    // For planes [plane, plane + planes), where nothing is synthesised: with those latents of all, and those
+    // columns of P, that are of their blocks.
+    Product<T> product(int64_t plane, int64_t planes) const {
+        Product<T> product = product_;
+        if (latent_) {
+            const Blocks blocks(plane, planes, step_.out_channels, step_.blocks);
+            const int64_t wide = planes_of(step_.latent) * kBlock;
+            product.p += blocks.first * wide * kBlock;
+            product.latent = (blocks.last - blocks.first) * wide + step_.latent;
+        }
+        return product;
+    }
+    // [planes L, pixels, 16], beginning with the first latent of product().
+    const T* latent(int64_t plane, int64_t planes) const {
+        if (!latent_) return nullptr;
+        const Blocks blocks(plane, planes, step_.out_channels, step_.blocks);
+        return latent_ + blocks.first * planes_of(step_.latent) * product_.latent_plane;
+    }
 
     // Elements that a task needs to work on a few planes.
     static int64_t scratch_size(const NetworkStep& s, int64_t planes) {
@@ -143,13 +158,7 @@ class Dense {
 
     // The product for these planes, whose weights, if they are synthesised, lie in `memory` from now on.
     Product<T> open(int64_t plane, int64_t planes, T* memory) const {
-        Product<T> product = product_;
-        if (latent_) {
-            const Blocks blocks(plane, planes, step_.out_channels, step_.blocks);
-            const int64_t wide = planes_of(step_.latent) * kBlock;
-            product.p += blocks.first * wide * kBlock;
-            product.latent = (blocks.last - blocks.first) * wide + step_.latent;
-        }
+        Product<T> product = this->product(plane, planes);
         if (!synthesised_) return product;
         T* fused = memory;
         T* weight = fused + planes * step_.latent * kBlock;
@@ -187,10 +196,7 @@ class Dense {
               const T* skip, int64_t skip_plane, int64_t skip_row) const {
         product.output_plane = to.plane, product.skip_plane = skip_plane;
         const int64_t width = size_.width;
-        const T* latent = latent_;
-        if (latent)
-            latent += Blocks(plane, planes, step_.out_channels, step_.blocks).first *
-                      planes_of(step_.latent) * product.latent_plane;
+        const T* latent = this->latent(plane, planes);
         if (product.tap_count == 1 && step_.stride_h == 1 && step_.stride_w == 1 && x_.is_dense() &&
             to.is_dense() && x_.width == width && (!skip || skip_row == width * kBlock)) {
             // one long row

@@ -59,9 +59,8 @@ class Winograd {
             for (int64_t t = t0; t < t1; ++t)
                 transform(plane, t, memory + plane * in.plane() + (t - t0) * kBlock, in.stride);
         const int64_t none = 0;
-        Product<T> product = dense_.product();
+        Product<T> product = dense_.product(p0, p1 - p0);
         const T* weight = product.weight;
-        const Product<T> whole = product;
         product.taps = &none, product.tap_count = 1, product.input_plane = in.plane();
         product.output_plane = out.plane(), product.latent = 0, product.activation = kNone;
         product.lam = product.static_bias = product.bias = nullptr;
@@ -73,9 +72,13 @@ class Winograd {
                                 {memory + point * in.stride, nullptr, nullptr, products + point * out.stride},
                                 {}, in.tiles, 0, 1);
             }
-            for (int64_t t = t0; t < t1; ++t)
-                for (int64_t c = 0; c < count; ++c)
-                    finish(whole, plane + c, t, products + c * out.plane() + (t - t0) * kBlock, out.stride);
+            for (int64_t c = 0; c < count; ++c) {
+                const Product<T> whole = dense_.product(plane + c, 1);
+                const T* latent = dense_.latent(plane + c, 1);
+                for (int64_t t = t0; t < t1; ++t)
+                    finish(whole, latent, plane + c, t, products + c * out.plane() + (t - t0) * kBlock,
+                           out.stride);
+            }
         }
     }
 
@@ -113,13 +116,14 @@ class Winograd {
     }
 
     // A^T m A of one tile of one plane, and what follows the convolution
-    void finish(const Product<T>& s, int64_t plane, int64_t tile, const T* points, int64_t stride) const {
+    void finish(const Product<T>& s, const T* latents, int64_t plane, int64_t tile, const T* points,
+                int64_t stride) const {
         const int64_t y = tile / across_ * 2, x = tile % across_ * 2;
         const int64_t height = smaller(2, to_.height - y), width = smaller(2, to_.width - x);
-        const T* latent[4];
-        for (int64_t i = 0; i < 4; ++i)
+        const T* latent[4] = {};
+        for (int64_t i = 0; i < 4 && latents; ++i)
             latent[i] =
-                dense_.latent() +
+                latents +
                 ((y + smaller(i / 2, height - 1)) * to_.width + x + smaller(i % 2, width - 1)) * kBlock;
         for (int v = 0; v < VECTORS; ++v) {
             const int64_t channel = plane * kBlock + v * W;
