@@ -57,7 +57,8 @@ enum StepKind : int64_t {
     X(input) /* value */ \
     X(output) /* value */ \
     X(skip) /* value that is added */ \
-    X(coefficients) /* value: lam [planes Co, 16], Phi [planes L (row), L (column), 16 (row)] */ \
+    X(coefficients) /* value: lam [planes Co, 16], Phi [blocks, planes L (row), L (column), 16 (row)], and \
+                       before its columns L_k where there is a latent kernel */ \
     X(pooled) /* value: the output's means, [bins, bins, planes, 16] */ \
     X(bins) \
     X(in_channels) \
@@ -76,9 +77,12 @@ enum StepKind : int64_t {
     X(static_bias) /* [planes Co, 16], scaled by lam */ \
     X(bias) /* [planes Co, 16] */ \
     X(lam_channels) /* in whole planes; 0: no lam */ \
-    X(latent) /* L; 0: no dynamic residual */ \
-    X(p) /* [planes Co, L, 16] */ \
-    X(q) /* [planes L, Ci, 16]; depthwise R, [planes L, taps, 16] */ \
+    X(latent) /* L, of one block; 0: no dynamic residual */ \
+    X(blocks) /* kDense: diagonal blocks of the residual */ \
+    X(latent_kernel) /* kDense: L_k of joint fusion; 0: the residual is at the centre tap */ \
+    X(p) /* [planes Co, L of all blocks, each but the last in whole planes, 16], 0 outside of the block */ \
+    X(q) /* [blocks, planes L, Ci, 16], 0 outside of the block; depthwise R, [planes L, taps, 16] */ \
+    X(r) /* of joint fusion: [taps, L_k] */ \
     X(latent_bias) /* [planes L, 16] */ \
     X(hidden) /* kBranch: units behind the squeeze */ \
     X(squeeze) /* like kLinear's weight, as are gate and expand */ \
@@ -150,7 +154,12 @@ constexpr int64_t kMaxTaps = 64, kMaxStemTaps = 256, kMaxKernel = 16;
 
 // cpu/network.cpp
 int64_t window_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation);
-// Numbers that the latent of one sample takes, before and behind Phi.
-int64_t latent_size(const NetworkStep& step, int64_t height, int64_t width);
+// Numbers that the latent of one sample takes, before and behind Phi, and what else is needed to make it.
+int64_t latent_size(const NetworkStep& step, const NetworkPlace& input, const NetworkPlace& output);
+
+// Latent channels of all blocks side by side, each but the last in whole planes.
+inline int64_t latent_width(const NetworkStep& step) {
+    return (step.blocks - 1) * planes_of(step.latent) * kBlock + step.latent;
+}
 
 }  // namespace dcd

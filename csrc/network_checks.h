@@ -122,21 +122,44 @@ class NetworkChecks {
         bound("dilation_w", s.dilation_w, 1, kMostGeometry);
     }
 
-    // lam, Phi and what goes with them. `left` is the length of Q's or R's columns; in bf16 those and P's
-    // rows may be pairs.
-    void dynamic(const NetworkStep& s, int64_t left, bool paired) const {
-        bound("latent", s.latent, 0, kMost);
+    // lam, Phi and what goes with them. `left` is the length of Q's or R's columns and `latents` that of P's
+    // rows, in bf16 maybe of pairs; `matrices` is how many there are in Phi, `blocks` in Q.
+    void dynamic(const NetworkStep& s, int64_t left, int64_t matrices, int64_t blocks,
+                 int64_t latents) const {
         STD_TORCH_CHECK(s.lam_channels == 0 || s.lam_channels == wide(s.out_channels), "program: step ",
                         step_, " must have lam for none or all ", wide(s.out_channels),
                         " channels in whole planes, got ", s.lam_channels);
+        const double phi = static_cast<double>(matrices) * static_cast<double>(wide(s.latent) * s.latent);
+        STD_TORCH_CHECK(phi <= kMost, "program: step ", step_, " has ", phi, " numbers of Phi");
         if (s.lam_channels || s.latent)
-            read_vector("coefficients", s.coefficients, s.lam_channels + wide(s.latent) * s.latent);
+            read_vector("coefficients", s.coefficients, s.lam_channels + static_cast<int64_t>(phi));
         else
             bound("coefficients", s.coefficients, -1, -1);
         if (!s.latent) return;
-        constant("p", s.p, {wide(s.out_channels), paired ? depth(s.latent) : s.latent});
-        constant("q", s.q, {wide(s.latent), left});
+        constant("p", s.p, {wide(s.out_channels), latents});
+        constant("q", s.q, {blocks, wide(s.latent), left});
         optional("latent_bias", s.latent_bias, s.latent);
+    }
+    void dynamic(const NetworkStep& s, int64_t left, bool paired) const {
+        bound("latent", s.latent, 0, kMost);
+        dynamic(s, left, 1, 1, paired ? depth(s.latent) : s.latent);
+    }
+    // In blocks, or joint with the kernel.
+    void dynamic_dense(const NetworkStep& s) const {
+        bound("latent", s.latent, 0, kMost);
+        if (!s.latent) return dynamic(s, 0, 1, 1, 0);
+        bound("blocks", s.blocks, 1, kMost), bound("latent_kernel", s.latent_kernel, 0, kMost);
+        STD_TORCH_CHECK(s.out_channels % s.blocks == 0 && s.in_channels % s.blocks == 0,
+                        "program: blocks of step ", step_, " must divide its ", s.out_channels, " and ",
+                        s.in_channels, " channels, got ", s.blocks);
+        STD_TORCH_CHECK(s.blocks == 1 || !s.latent_kernel, "program: step ", step_,
+                        " has a latent kernel and must have one block, got ", s.blocks);
+        STD_TORCH_CHECK(s.latent_bias == -1 || (s.blocks == 1 && !s.latent_kernel), "program: step ", step_,
+                        " takes no latent_bias: it has ", s.blocks, " blocks and a latent kernel of ",
+                        s.latent_kernel);
+        if (s.latent_kernel) constant("r", s.r, {s.kernel_h, s.kernel_w, s.latent_kernel});
+        dynamic(s, depth(s.in_channels), s.latent_kernel ? s.latent_kernel : s.blocks, s.blocks,
+                depth(latent_width(s)));
     }
 
     void pooled(const NetworkStep& s) {
@@ -250,7 +273,7 @@ class NetworkChecks {
             {wide(s.out_channels), s.winograd ? kPoints : s.kernel_h * s.kernel_w, depth(s.in_channels)});
         optional("static_bias", s.static_bias, s.out_channels);
         optional("bias", s.bias, s.out_channels);
-        dynamic(s, depth(s.in_channels), true);
+        dynamic_dense(s);
     }
 
     void check_depthwise(const NetworkStep& s) {

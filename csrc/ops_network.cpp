@@ -138,8 +138,8 @@ void place(NetworkCall& call, std::vector<NetworkPlace>& places) {
     for (int64_t i = 0; i < program.step_count; ++i) {
         const NetworkStep& s = program.steps[i];
         if (s.kind == kDense)  // of other kinds the field may say anything, and so may the output
-            call.work = std::max(call.work, 4 * latent_size(s, places[static_cast<size_t>(s.output)].height,
-                                                            places[static_cast<size_t>(s.output)].width));
+            call.work = std::max(call.work, 4 * latent_size(s, places[static_cast<size_t>(s.input)],
+                                                            places[static_cast<size_t>(s.output)]));
     }
 }
 

@@ -20,6 +20,7 @@ from dcd_kernels.nn.linear import DCDLinear
 from dcd_kernels.ops.branch import GATES, LAM_ACTIVATIONS
 from dcd_kernels.ops.layer import Layer as ReleasedParts
 
+from .blocks import blocks_together, merged, merged_phi
 from .pack import Branch, Layer, affine_of, wide
 from .program import BLOCK, LAYOUT, padded
 
@@ -64,11 +65,14 @@ class Branched:
     gate_code: int
     lam_code: int
     lam_channels: int
-    latent: int
+    latent: int  # of one block
+    blocks: int = 1
+    latent_kernel: int = 0  # of joint fusion
 
     def coefficients(self) -> int:
-        """Numbers that the branch gives a sample: λ in whole planes, Φ in whole planes of rows."""
-        return padded(self.lam_channels) + padded(self.latent) * self.latent
+        """Numbers that the branch gives a sample: λ in whole planes, each Φ in whole planes of rows."""
+        matrices = self.latent_kernel or self.blocks
+        return padded(self.lam_channels) + matrices * padded(self.latent) * self.latent
 
 
 @dataclass(frozen=True)
@@ -243,12 +247,9 @@ def _linear(layer: nn.Linear | None) -> tuple[torch.Tensor, torch.Tensor | None]
     return None if layer is None else (wide(layer.weight), wide(layer.bias))
 
 
-def _own_branch(module: DCDLayer) -> tuple[Branched, Callable[[], Branch]]:
+def _own_branch(module: DCDLayer, together: int) -> tuple[Branched, Callable[[], Branch]]:
+    """Its branch, and how to read that; ``together`` blocks of the layer's are one."""
     branch = module.branch
-    if module.blocks != 1:
-        raise Unsupported(f"blocks={module.blocks} (Eq. 7)")
-    if module.joint:
-        raise Unsupported("joint fusion (Eq. 9)")
     channels = getattr(module, "in_channels", None) or module.in_features
     if branch.in_channels != channels:
         raise Unsupported("λ and Φ may be computed from another tensor")
@@ -256,14 +257,27 @@ def _own_branch(module: DCDLayer) -> tuple[Branched, Callable[[], Branch]]:
     if len(set(sizes)) != 1:
         raise Unsupported(f"pool_size={branch.pool_size}")
     latent = 0 if branch.phi_shape is None else branch.phi_shape[-1]
+    shape = {
+        "latent": latent * together,
+        "blocks": module.blocks // together,
+        "latent_kernel": module.latent_kernel if module.joint else 0,
+    }
     branched = Branched(
         sizes[0],
         branch.squeeze_channels,
         GATES.index(branch.gate_name),
         LAM_ACTIVATIONS.index(branch.lam_activation),
         branch.lam_channels,
-        latent,
+        **shape,
     )
+
+    def expanded(rows: torch.Tensor | None) -> torch.Tensor | None:
+        if rows is None or together == 1:
+            return rows
+        phi = rows[branch.lam_channels :].reshape(module.blocks, latent, latent, -1)
+        return torch.cat(
+            [rows[: branch.lam_channels], merged_phi(phi, together).reshape(-1, *rows.shape[1:])]
+        )
 
     def read() -> Branch:
         return Branch(
@@ -271,52 +285,65 @@ def _own_branch(module: DCDLayer) -> tuple[Branched, Callable[[], Branch]]:
             sizes[0],
             _linear(branch.squeeze),
             _linear(branch.gate),
-            _linear(branch.expand),
+            tuple(map(expanded, _linear(branch.expand))),
             branch.lam_channels,
-            latent,
+            **shape,
         )
 
     return branched, read
 
 
-def _own_layer(module: DCDLayer, read_branch: Callable[[], Branch]) -> Layer:
-    left = module.q if module.q is not None else module.r
+def _own_layer(module: DCDLayer, together: int, read_branch: Callable[[], Branch]) -> Layer:
+    p, q = wide(module.p), wide(module.r if module.q is None else module.q)
+    if together > 1:
+        p, q = (merged(matrix, module.blocks, together) for matrix in (p, q))
     return Layer(
         _matrix(module.weight),
         wide(module.bias),
-        p=wide(module.p),
-        q=wide(left),
+        p=p,
+        q=q,
+        r=wide(module.r) if module.joint else None,
+        blocks=module.blocks // together,
         branch=read_branch(),
     )
 
 
+def _what(module: DCDLayer) -> str:
+    if module.joint:
+        return "dynamic (joint fusion)"
+    return "dynamic" if module.blocks == 1 else f"dynamic ({module.blocks} blocks)"
+
+
 def _dcd_conv(module: DCDConv2d) -> Convolution:
     kind, geometry = _geometry(module)
-    if module.channel_fusion and kind == "dense":
+    if module.channel_fusion and kind == "dense" and not module.joint:
         _require_centred(geometry)
-    branched, read_branch = _own_branch(module)
+    channels = min(module.in_channels, module.out_channels)
+    together = blocks_together(module.blocks, channels, module.latent_channels or 0)
+    branched, read_branch = _own_branch(module, together)
     return Convolution(
         kind,
         module.in_channels,
         module.out_channels,
-        lambda: _own_layer(module, read_branch),
+        lambda: _own_layer(module, together, read_branch),
         geometry,
         branched,
         ACTIVATIONS[module.activation],
-        "dynamic",
+        _what(module),
     )
 
 
 def _dcd_linear(module: DCDLinear) -> Convolution:
-    branched, read_branch = _own_branch(module)
+    # of one row there is not enough to save for kernels with blocks
+    branched, read_branch = _own_branch(module, module.blocks)
     return Convolution(
         "linear",
         module.in_features,
         module.out_features,
-        lambda: _own_layer(module, read_branch),
+        lambda: _own_layer(module, module.blocks, read_branch),
         branch=branched,
         activation=ACTIVATIONS[module.activation],
-        what="dynamic",
+        what=_what(module),
     )
 
 
@@ -402,8 +429,8 @@ def _released_layer(layer: ReleasedParts, in_channels: int) -> Layer:
         wide(layer.conv.bias),
         p,
         q * first.factor,
-        latent_bias,
-        Branch(
+        latent_bias=latent_bias,
+        branch=Branch(
             in_channels,
             layer.pool,
             _linear(layer.squeeze),
@@ -411,7 +438,7 @@ def _released_layer(layer: ReleasedParts, in_channels: int) -> Layer:
             (expand, bias),
             lam[0].shape[0],
             latent,
-            second.factor,
-            layer.latent_residual,
+            scale=second.factor,
+            residual=layer.latent_residual,
         ),
     )

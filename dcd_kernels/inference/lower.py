@@ -201,6 +201,8 @@ class Lowering:
                 "coefficients": coefficients,
                 "lam_channels": padded(layer.branch.lam_channels),
                 "latent": layer.branch.latent,
+                "blocks": layer.branch.blocks,
+                "latent_kernel": layer.branch.latent_kernel,
             }
         kind = self._kind(chain, source)
         fields |= {"in_channels": layer.in_channels, "activation": chain.activation}

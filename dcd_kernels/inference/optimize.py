@@ -44,9 +44,11 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
     between pieces. :func:`dcd_kernels.report` of the result says which, and why.
 
     There are kernels for the networks of :mod:`dcd_kernels.models`, for those in the released form,
-    accelerated or not, and for static ones: 2-D convolutions (dense or depthwise), DCD layers without blocks
-    and joint fusion, batch norms, ReLU, ReLU6, SiLU, Hardswish, sums, max pooling, means over the image,
-    linear layers, dropout.
+    accelerated or not, and for static ones: 2-D convolutions (dense or depthwise) and linear layers, static
+    or DCD in every form of the residual, batch norms, ReLU, ReLU6, SiLU, Hardswish, sums, max pooling, means
+    over the image, dropout. Left as written are groups that are not depthwise, 1-D and 3-D layers, other
+    padding modes than zeros, branches that pool to unequal numbers of rows and columns, and layers that are
+    called with a residual or a condition.
 
     Args:
         model: a module that takes one tensor, (N, C, H, W) or (N, C), in eval mode. It is left as it is.
@@ -67,7 +69,7 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
             call raises RuntimeError where the result, one of its children or a dropout in it was put into
             training mode, or the input has other channels than the network.
 
-    Source: paper, Section 5.5 (the protocol), Eq. 6 and 8, Fig. 4b (the layers).
+    Source: paper, Section 5.5 (the protocol), Eq. 6 to 9, Fig. 4b (the layers).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

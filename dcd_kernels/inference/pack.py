@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .blocks import side_by_side
 from .program import BLOCK, padded
 
 Packed = dict[str, Tensor]
@@ -89,8 +90,9 @@ def affine_of(norm: nn.Module | None, channels: int) -> Affine:
 class Branch:
     """The linear layers of a dynamic branch as (weight, bias), by name; ``bins`` of its pooling a dimension.
 
-    ``expand`` gives λ's logits, then Φ's, L numbers a row. ``scale`` (L,) and ``residual`` are the second
-    latent norm's factor and the latent residual, which are part of Φ from here on.
+    ``expand`` gives λ's logits, then those of Φ: (blocks, L, L), or (latent_kernel, L, L) where that is not
+    0. ``scale`` (L,) and ``residual`` are the second latent norm's factor and the latent residual, which are
+    part of Φ from here on; layers with several blocks or a latent kernel have neither.
     """
 
     channels: int
@@ -100,6 +102,8 @@ class Branch:
     expand: tuple[Tensor, Tensor | None]
     lam_channels: int
     latent: int
+    blocks: int = 1
+    latent_kernel: int = 0
     scale: Tensor | None = None
     residual: bool = False
 
@@ -119,15 +123,20 @@ class Branch:
         return packed
 
     def _rows(self, matrix: Tensor, residual: bool = False) -> Tensor:
-        """λ's rows in whole planes, then Φ's in the order [planes of i, j, 16 of i] of Φ[i, j]."""
+        """λ's rows in whole planes, then Φ's in the order [blocks, planes of i, j, 16 of i] of Φ_b[i, j].
+
+        Jointly with the kernel, j runs over (c, j) of Φ_c[i, j].
+        """
         lam, phi = matrix[: self.lam_channels], matrix[self.lam_channels :]
-        phi = phi.unflatten(0, (self.latent, self.latent))
+        phi = phi.unflatten(0, (self.latent_kernel or self.blocks, self.latent, self.latent))
+        if self.latent_kernel:
+            phi = phi.transpose(0, 1).flatten(1, 2)[None]
         if self.scale is not None:
             phi = self.scale[:, None, None] * phi
         if residual:
             phi = phi + torch.eye(self.latent, dtype=phi.dtype)[:, :, None]
-        blocks = rows_padded(phi).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-        return torch.cat([rows_padded(lam), blocks.flatten(0, 2)])
+        blocks = [rows_padded(block).unflatten(0, (-1, BLOCK)).transpose(1, 2) for block in phi]
+        return torch.cat([rows_padded(lam), *(block.flatten(0, 2) for block in blocks)])
 
 
 @dataclass
@@ -135,7 +144,7 @@ class Layer:
     """The numbers of one layer: W0 and biases, P, Q (R of a depthwise layer) with what is folded into them.
 
     weight (Co, K), K being the taps and channels in the order in which they are multiplied; ``run`` of them
-    are multiplied with neighbours in memory, 0 for all.
+    are multiplied with neighbours in memory, 0 for all. r is that of joint fusion.
     """
 
     weight: Tensor
@@ -143,6 +152,8 @@ class Layer:
     static_bias: Tensor | None = None
     p: Tensor | None = None
     q: Tensor | None = None
+    r: Tensor | None = None
+    blocks: int = 1
     latent_bias: Tensor | None = None
     branch: Branch | None = None
     run: int = 0
@@ -171,11 +182,9 @@ class Layer:
             "static_bias": _vector(self.static_bias),
         }
         if self.p is not None:
-            packed |= {
-                "p": weights(self.p, narrow),
-                "q": weights(self.q.T, narrow),
-                "latent_bias": _vector(self.latent_bias),
-            }
+            p, q = (side_by_side(matrix, self.blocks) for matrix in (self.p, self.q))
+            packed |= {"p": weights(p, narrow), "q": weights(q.T, narrow), "r": self.r}
+            packed["latent_bias"] = _vector(self.latent_bias)
         return {name: tensor for name, tensor in packed.items() if tensor is not None}
 
 

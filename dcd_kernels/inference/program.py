@@ -14,7 +14,7 @@ LAYOUT = _core.network_layout()
 BLOCK: int = LAYOUT["block"]
 _KINDS = {name: code for code, name in enumerate(LAYOUT["kinds"])}
 # fields that mean nothing when they are 0, and are absent when they are -1
-_COUNTS = {"streamed", "latent", "lam_channels", "activation", "stage", "winograd"}
+_COUNTS = {"streamed", "latent", "blocks", "latent_kernel", "lam_channels", "activation", "stage", "winograd"}
 
 
 def padded(channels: int) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 import dcd_kernels
 from dcd_kernels import models
 from dcd_kernels.models import released
+from dcd_kernels.nn import DCDLinear
 
 
 def mobilenet(**options):
@@ -49,7 +50,23 @@ def accelerated():
     return network
 
 
-NETWORKS = {"whole": mobilenet, "in parts": in_parts, "released": released_form, "accelerated": accelerated}
+def sparse_and_joint():
+    """Residuals of Eq. 7 and 9."""
+    sparse = dcd(16, 36, blocks=4, latent_channels=2)
+    joint = dcd(36, 18, 3, joint=True, latent_channels=3)
+    classifier = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), DCDLinear(18, 6, blocks=2, latent_channels=2)
+    )
+    return randomise(chain(conv(3, 16), sparse, norm(36), nn.ReLU(), joint, norm(18), classifier))
+
+
+NETWORKS = {
+    "whole": mobilenet,
+    "in parts": in_parts,
+    "released": released_form,
+    "accelerated": accelerated,
+    "sparse and joint": sparse_and_joint,
+}
 each = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 
 

@@ -31,7 +31,9 @@ def everything():
         deep=dcd(18, 18, 3, groups=18, latent_kernel=2),
         tail=chain(
             released.BasicConv(18, 20),
-            conv(20, 33, 1),
+            dcd(20, 34, blocks=2, latent_channels=3),
+            dcd(34, 10, 2, padding=0, joint=True, latent_channels=2, latent_kernel=4),
+            conv(10, 33, 1),
             deep(33),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
@@ -187,6 +189,7 @@ def test_constants_end_where_they_end(call):
         "p",
         "q",
         "latent_bias",
+        "r",
         "squeeze",
         "gate",
         "expand",
@@ -218,6 +221,11 @@ SENSE = {
     ),
     "another latent": ("dense", "latent", lambda call, step: 40),
     "some of λ": ("dense", "lam_channels", lambda call, step: 16),
+    "blocks of a joint residual": ("joint", "blocks", lambda call, step: 2),
+    "a longer latent kernel": ("joint", "latent_kernel", lambda call, step: 5),
+    "blocks that do not divide": ("blocks", "blocks", lambda call, step: 3),
+    "no blocks": ("blocks", "blocks", lambda call, step: 0),
+    "a latent bias of blocks": ("blocks", "latent_bias", lambda call, step: 0),
     "more padding than halo": ("dense", "padding_h", lambda call, step: 3),
     "a stride of nothing": ("depthwise", "stride_w", lambda call, step: 0),
     "a kernel too high": ("depthwise", "kernel_h", lambda call, step: 17),
@@ -233,7 +241,12 @@ SENSE = {
 @pytest.mark.parametrize("what", SENSE)
 def test_programs_without_sense(call, what):
     kind, field, bad = SENSE[what]
-    step = call.find(kind)[-1]
+    found = call.find("dense" if kind in ("blocks", "joint") else kind)
+    if kind == "blocks":
+        found = [step for step in found if call.program[call.step(step, "blocks")] > 1]
+    if kind == "joint":
+        found = [step for step in found if call.program[call.step(step, "latent_kernel")] > 0]
+    step = found[-1]
     call.program[call.step(step, field)] = bad(call, step)
     with pytest.raises(RuntimeError, match=r"program"):
         call()

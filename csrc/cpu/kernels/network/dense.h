@@ -2,7 +2,9 @@
 // y = act(lam (W * x + static_bias) + P Phi (Q^T x + latent_bias) + bias + skip) for one sample, by the
 // cheaper of two orders: factored, with the latent of all pixels formed first, or synthesised, where each
 // pair of planes of W_n = diag(lam) W + Q Phi^T P^T is formed in the first-level cache and then multiplied
-// with all pixels.
+// with all pixels. Where P Phi Q^T is block-diagonal (paper, Eq. 7), each block has planes of latent channels
+// of its own, and only those of the blocks that some planes belong to are multiplied with them. Joint fusion
+// (Eq. 9) is a convolution of the latent, whose filters are sums of R Phi.
 #pragma once
 
 #include "frame.h"
@@ -10,20 +12,33 @@
 namespace dcd::DCD_ISA::net {
 
 // Multiply-adds that the dynamic residual adds to one sample; whole vectors of the latent are computed.
-static inline bool synthesis_pays(const NetworkStep& s, int64_t pixels) {
+// Blocks are not synthesised in pairs of rows: if their channels are odd in number, a pair is of two blocks.
+static inline bool synthesis_pays(const NetworkStep& s, int64_t pixels, bool narrow) {
     const int64_t wide = planes_of(s.latent) * kBlock, taps = s.kernel_h * s.kernel_w;
-    return taps == 1 && s.latent &&
-           s.out_channels * (s.in_channels * (s.latent + 1) + s.latent * s.latent) <
-               pixels * (s.in_channels * wide + s.latent * wide + s.latent * s.out_channels);
+    return taps == 1 && s.latent && !s.latent_kernel && !(narrow && s.blocks > 1) &&
+           s.out_channels * (s.in_channels / s.blocks * (s.latent + s.blocks) + s.latent * s.latent) <
+               pixels * (s.in_channels * wide + s.blocks * s.latent * wide + s.latent * s.out_channels);
 }
 
+// The blocks of the residual that planes [plane, plane + planes) of the output belong to.
+struct Blocks {
+    int64_t first, last;
+    Blocks(int64_t plane, int64_t planes, int64_t out_channels, int64_t blocks) {
+        const int64_t rows = out_channels / blocks;
+        first = plane * kBlock / rows;
+        last = (smaller((plane + planes) * kBlock, out_channels) - 1) / rows;
+    }
+};
+
 // [planes, rows, 16]: the matrix of `rows` rows that W_n, or a filter of a depthwise layer, is for one
-// sample: lam fixed + left Phi^T P^T. left [planes L, rows, 16], fixed [planes, rows, 16]; or pairs of rows.
+// sample: lam fixed + left Phi^T P^T. left [blocks, planes L, rows, 16], fixed [planes, rows, 16], p [planes,
+// latents of all blocks, 16]; or pairs of rows and of latents, which are of one block.
 template <class W>
 struct Synthesis {
     const W *left, *fixed, *p;
     int64_t rows, latent;
-    const float *lam, *phi;  // [planes, 16] or null; [planes L (row), L (column), 16 (row)]
+    const float *lam, *phi;  // [planes, 16] or null; [blocks, planes L (row), L (column), 16 (row)]
+    int64_t out_channels, blocks, p_plane;
 
     int64_t depth() const { return depth_of(rows, kIsNarrow<W>); }
     static int64_t scratch_size(int64_t latent, int64_t rows, int64_t planes) {
@@ -31,30 +46,46 @@ struct Synthesis {
     }
 };
 
-// fused [planes, L, 16] = P Phi
+// fused [planes, L, 16] = P Phi of one block
 template <class S, class W>
-static void fuse(const Synthesis<W>& s, int64_t plane, int64_t planes, float* fused) {
-    const int64_t none = 0, depth = depth_of(s.latent, kIsNarrow<W>);
+static void fuse(const Synthesis<W>& s, int64_t block, int64_t plane, int64_t planes, float* fused) {
+    const int64_t none = 0, wide = planes_of(s.latent) * kBlock;
     Product<W> fuse;
     fuse.taps = &none, fuse.tap_count = 1, fuse.channels = s.latent;
-    fuse.weight = s.p + plane * depth * kBlock, fuse.weight_plane = depth * kBlock;
+    fuse.weight = s.p + plane * s.p_plane + depth_of(block * wide, kIsNarrow<W>) * kBlock;
+    fuse.weight_plane = s.p_plane;
     fuse.input_plane = s.latent * kBlock, fuse.output_plane = s.latent * kBlock;
-    product_rows<S, Types<float, W, float>>(fuse, 0, planes, {s.phi, nullptr, nullptr, fused}, {}, s.latent,
-                                            0, 1);
+    product_rows<S, Types<float, W, float>>(
+        fuse, 0, planes, {s.phi + block * wide * s.latent, nullptr, nullptr, fused}, {}, s.latent, 0, 1);
 }
 
-// For planes [plane, plane + planes): `to` gets the rows; `fused` [planes, L, 16] the product P Phi.
+// For planes [plane, plane + planes): `to` gets the rows; `fused` [planes, L, 16] the product P Phi, of the
+// last block. Each row is of one block; those of others than these planes' are lam fixed alone.
 template <class S>
 static void synthesise(const Synthesis<float>& s, int64_t plane, int64_t planes, float* fused, float* to) {
-    const int64_t none = 0;
-    fuse<S>(s, plane, planes, fused);
+    using Floats = Types<float, float, float>;
+    const int64_t none = 0, wide = planes_of(s.latent) * kBlock, rows = s.rows / s.blocks;
+    const Blocks blocks(plane, planes, s.out_channels, s.blocks);
+    const float* fixed = s.fixed + plane * s.rows * kBlock;
     Product<float> sum;
     sum.taps = &none, sum.tap_count = 1, sum.channels = s.latent;
     sum.weight = fused, sum.weight_plane = s.latent * kBlock;
     sum.input_plane = sum.skip_plane = sum.output_plane = s.rows * kBlock;
     sum.skip_scale = s.lam ? s.lam + plane * kBlock : nullptr;
-    product_rows<S, Types<float, float, float>>(
-        sum, 0, planes, {s.left, nullptr, s.fixed + plane * s.rows * kBlock, to}, {}, s.rows, 0, 1);
+    for (int64_t block = blocks.first; block <= blocks.last; ++block) {
+        const int64_t row = block * rows * kBlock;
+        fuse<S>(s, block, plane, planes, fused);
+        product_rows<S, Floats>(sum, 0, planes,
+                                {s.left + block * wide * s.rows + row, nullptr, fixed + row, to + row}, {},
+                                rows, 0, 1);
+    }
+    sum.channels = 0;
+    const auto without = [&](int64_t begin, int64_t end) {
+        const int64_t row = begin * kBlock;
+        product_rows<S, Floats>(sum, 0, planes, {s.left, nullptr, fixed + row, to + row}, {}, end - begin, 0,
+                                1);
+    };
+    without(0, blocks.first * rows), without((blocks.last + 1) * rows, s.rows);
 }
 
 // Pairs of rows, each summed in fp32 and rounded once.
@@ -98,7 +129,7 @@ template <class S>
 static void synthesise(const Synthesis<Pair>& s, int64_t plane, int64_t planes, float* fused, Pair* to) {
     constexpr int kPairs = S::kRegisters == 32 ? 8 : 4 / TileLimits<S>::kVectors;
     const int64_t depth = s.depth();
-    fuse<S>(s, plane, planes, fused);
+    fuse<S>(s, 0, plane, planes, fused);
     for (int64_t c = 0; c < planes; ++c) {
         const float* lam = s.lam ? s.lam + (plane + c) * kBlock : nullptr;
         const Pair* fixed = s.fixed + (plane + c) * depth * kBlock;
@@ -139,7 +170,8 @@ class Dense {
         product_.lam = s.lam_channels ? coefficients : nullptr;
         product_.activation = static_cast<int>(s.activation);
         product_.ahead = frame.ahead_of_one_thread();
-        synthesised_ = synthesis_pays(s, size_.height * size_.width);
+        synthesised_ = synthesis_pays(s, size_.height * size_.width, kIsNarrow<W>);
+        const int64_t p_plane = depth_of(latent_width(s), kIsNarrow<W>) * kBlock;
         if (synthesised_) {
             synthesis_ = {frame.weight(s.q),
                           product_.weight,
@@ -147,19 +179,39 @@ class Dense {
                           s.in_channels,
                           s.latent,
                           product_.lam,
-                          phi};
+                          phi,
+                          s.out_channels,
+                          s.blocks,
+                          p_plane};
             latent_bias_ = frame.constant(s.latent_bias);
         } else if (s.latent) {
-            project(frame, phi);
+            product_.p = frame.weight(s.p), product_.p_plane = p_plane;
+            product_.latent_plane = size_.height * size_.width * kBlock;
+            latent_ = s.latent_kernel ? project_jointly(frame, phi) : project(frame, phi);
         }
     }
 
     Dense(const Dense&) = delete;
     Dense& operator=(const Dense&) = delete;
 
-    // What winograd.h applies by itself; [planes L, pixels, 16].
-    const Product<W>& product() const { return product_; }
-    const T* latent() const { return latent_; }
+    // For planes [plane, plane + planes), where nothing is synthesised: with those latents of all, and those
+    // columns of P, that are of their blocks.
+    Product<W> product(int64_t plane, int64_t planes) const {
+        Product<W> product = product_;
+        if (latent_) {
+            const Blocks blocks(plane, planes, step_.out_channels, step_.blocks);
+            const int64_t wide = planes_of(step_.latent) * kBlock;
+            product.p += depth_of(blocks.first * wide, kIsNarrow<W>) * kBlock;
+            product.latent = (blocks.last - blocks.first) * wide + step_.latent;
+        }
+        return product;
+    }
+    // [planes L, pixels, 16], beginning with the first latent of product().
+    const T* latent(int64_t plane, int64_t planes) const {
+        if (!latent_) return nullptr;
+        const Blocks blocks(plane, planes, step_.out_channels, step_.blocks);
+        return latent_ + blocks.first * planes_of(step_.latent) * product_.latent_plane;
+    }
 
     // Numbers of fp32 that a task needs room for to work on a few planes.
     static int64_t scratch_size(const NetworkStep& s, int64_t planes) {
@@ -168,7 +220,7 @@ class Dense {
 
     // The product for these planes, whose weights, if they are synthesised, lie in `memory` from now on.
     Product<W> open(int64_t plane, int64_t planes, float* memory) const {
-        Product<W> product = product_;
+        Product<W> product = this->product(plane, planes);
         if (!synthesised_) return product;
         const int64_t depth = synthesis_.depth();
         float* fused = memory;
@@ -207,33 +259,33 @@ class Dense {
     void rows(Product<W>& product, int64_t plane, int64_t planes, int64_t y0, int64_t y1, const Image<T>& to,
               const T* skip, int64_t skip_plane, int64_t skip_row) const {
         product.output_plane = to.plane, product.skip_plane = skip_plane;
-        int64_t width = size_.width;
+        const int64_t width = size_.width;
+        const T* latent = this->latent(plane, planes);
         if (product.tap_count == 1 && step_.stride_h == 1 && step_.stride_w == 1 && x_.is_dense() &&
             to.is_dense() && x_.width == width && (!skip || skip_row == width * kBlock)) {
             // one long row
             const int64_t begin = y0 * width, pixels = (y1 - y0) * width;
             product_rows<S>(product, plane, planes,
-                            {x_.data + begin * kBlock, latent_ ? latent_ + begin * kBlock : nullptr,
+                            {x_.data + begin * kBlock, latent ? latent + begin * kBlock : nullptr,
                              skip ? skip + begin * kBlock : nullptr, to.data + begin * kBlock},
                             {}, pixels, 0, 1);
             return;
         }
-        product_rows<S>(product, plane, planes, {x_.data, latent_, skip, to.data},
+        product_rows<S>(product, plane, planes, {x_.data, latent, skip, to.data},
                         {step_.stride_h * x_.row, width * kBlock, skip_row, to.row}, width, y0, y1);
     }
 
   private:
-    // T' = Phi (Q^T x + latent_bias) of all output pixels
-    void project(const Frame<T>& frame, const float* phi) {
+    // Phi (Q^T x + latent_bias) of all output pixels, [blocks, planes L, pixels, 16]
+    const T* project(const Frame<T>& frame, const float* phi) const {
         const NetworkStep& s = step_;
         const int64_t planes = planes_of(s.latent), pixels = size_.height * size_.width;
         float* latent = frame.work;
-        T* mixed = reinterpret_cast<T*>(latent + planes * pixels * kBlock);
+        T* mixed = reinterpret_cast<T*>(latent + s.blocks * planes * pixels * kBlock);
         const int64_t centre = ((s.kernel_h / 2) * s.dilation_h - s.padding_h) * x_.row +
                                ((s.kernel_w / 2) * s.dilation_w - s.padding_w) * kBlock;
         Product<W> first;
-        first.taps = &centre, first.tap_count = 1, first.channels = s.in_channels;
-        first.weight = frame.weight(s.q);
+        first.taps = &centre, first.tap_count = 1;
         first.weight_plane = depth_of(s.in_channels, kIsNarrow<W>) * kBlock;
         first.input_plane = x_.plane, first.pixel = s.stride_w * kBlock;
         first.bias = frame.constant(s.latent_bias), first.output_plane = pixels * kBlock;
@@ -245,17 +297,100 @@ class Dense {
         const bool flat = centre == 0 && s.stride_h == 1 && s.stride_w == 1 && x_.is_dense();
         const int64_t height = flat ? 1 : size_.height, width = flat ? pixels : size_.width;
         const Rows rows{s.stride_h * x_.row, 0, 0, width * kBlock};
-        for (int64_t plane = 0; plane < planes; ++plane)
-            product_rows<S, Types<T, W, float>>(first, plane, 1,
-                                                {x_.data, nullptr, nullptr, latent + plane * pixels * kBlock},
-                                                rows, width, 0, height);
-        for (int64_t plane = 0; plane < planes; ++plane)
-            product_rows<S, Types<float, float, T>>(
-                second, plane, 1, {latent, nullptr, nullptr, mixed + plane * pixels * kBlock}, {}, pixels, 0,
-                1);
-        latent_ = mixed;
-        product_.p = frame.weight(s.p), product_.p_plane = depth_of(s.latent, kIsNarrow<W>) * kBlock;
-        product_.latent = s.latent, product_.latent_plane = pixels * kBlock;
+        each_latent_plane([&](int64_t block, int64_t plane, int64_t count) {
+            // the planes of x that the block's channels are in
+            const int64_t channels = s.in_channels / s.blocks, begin = block * channels / kBlock;
+            first.channels = (block + 1) * channels - begin * kBlock;
+            first.weight = frame.weight(s.q) + depth_of(begin * kBlock, kIsNarrow<W>) * kBlock;
+            product_rows<S, Types<T, W, float>>(
+                first, plane, count,
+                {x_.data + begin * x_.plane, nullptr, nullptr, latent + plane * pixels * kBlock}, rows, width,
+                0, height);
+        });
+        each_latent_plane([&](int64_t block, int64_t plane, int64_t count) {
+            product_rows<S, Types<float, float, T>>(second, plane, count,
+                                                    {latent + block * planes * pixels * kBlock, nullptr,
+                                                     nullptr, mixed + plane * pixels * kBlock},
+                                                    {}, pixels, 0, 1);
+        });
+        return mixed;
+    }
+
+    // [planes L, pixels, 16]: the sum over taps of M_tap (Q^T x) at the tap, M_tap = sum over c of R[tap, c]
+    // Phi_c. R first would take fewer multiply-adds, but L_k images in between. In bf16, Q^T x and M_tap are
+    // rounded, and multiplied like an image and weights.
+    const T* project_jointly(const Frame<T>& frame, const float* phi) const {
+        const NetworkStep& s = step_;
+        const int64_t planes = planes_of(s.latent), tap_count = product_.tap_count,
+                      filter = depth_of(s.latent, kIsNarrow<W>) * kBlock;
+        W* filters = reinterpret_cast<W*>(frame.work);
+        sum_filters(frame.constant(s.r), phi, filters);
+        Image<T> latent;
+        latent.height = x_.height, latent.width = x_.width;
+        latent.row = (x_.width + 2 * s.padding_w) * kBlock;
+        latent.plane = (x_.height + 2 * s.padding_h) * latent.row;
+        T* memory = reinterpret_cast<T*>(filters + planes * tap_count * filter);
+        T* mixed = memory + planes * latent.plane;
+        latent.data = memory + s.padding_h * latent.row + s.padding_w * kBlock;
+        Frame<T>::clear_halo(latent, planes, s.padding_h, s.padding_w);
+        const int64_t none = 0;
+        int64_t around[kMaxTaps];
+        for (int64_t y = 0; y < s.kernel_h; ++y)
+            for (int64_t x = 0; x < s.kernel_w; ++x)
+                around[y * s.kernel_w + x] =
+                    (y * s.dilation_h - s.padding_h) * latent.row + (x * s.dilation_w - s.padding_w) * kBlock;
+        Product<W> first;
+        first.taps = &none, first.tap_count = 1, first.channels = s.in_channels;
+        first.weight = frame.weight(s.q);
+        first.weight_plane = depth_of(s.in_channels, kIsNarrow<W>) * kBlock;
+        first.input_plane = x_.plane, first.output_plane = latent.plane;
+        Product<W> second;
+        second.taps = around, second.tap_count = tap_count, second.channels = s.latent;
+        second.weight = filters, second.weight_plane = tap_count * filter;
+        second.input_plane = latent.plane, second.pixel = s.stride_w * kBlock;
+        second.output_plane = size_.height * size_.width * kBlock;
+        each_latent_plane([&](int64_t, int64_t plane, int64_t count) {
+            product_rows<S>(first, plane, count,
+                            {x_.data, nullptr, nullptr, latent.data + plane * latent.plane},
+                            {x_.row, 0, 0, latent.row}, x_.width, 0, x_.height);
+        });
+        each_latent_plane([&](int64_t, int64_t plane, int64_t count) {
+            product_rows<S>(
+                second, plane, count, {latent.data, nullptr, nullptr, mixed + plane * second.output_plane},
+                {s.stride_h * latent.row, 0, 0, size_.width * kBlock}, size_.width, 0, size_.height);
+        });
+        return mixed;
+    }
+
+    // M_tap of each tap, [planes L (row), taps, L (column), 16 (row)], or pairs of columns; r [taps, L_k] and
+    // phi [planes L (row), L_k, L (column), 16 (row)].
+    void sum_filters(const float* r, const float* phi, W* to) const {
+        const int64_t latent = step_.latent, matrices = step_.latent_kernel;
+        for (int64_t plane = 0; plane < planes_of(latent); ++plane, phi += matrices * latent * kBlock)
+            for (int64_t tap = 0; tap < product_.tap_count; ++tap)
+                for (int64_t l = 0; l < latent; l += kIsNarrow<W> ? 2 : 1)
+                    for (int64_t v = 0; v < kBlock; v += S::kLanes, to += S::kLanes) {
+                        const auto sum = [&](int64_t column) {
+                            auto total = S::zero();
+                            for (int64_t c = 0; c < matrices; ++c)
+                                total = S::fma(S::set1(r[tap * matrices + c]),
+                                               S::load(phi + (c * latent + column) * kBlock + v), total);
+                            return total;
+                        };
+                        if constexpr (kIsNarrow<W>)
+                            S::store_pairs(to, sum(l), l + 1 < latent ? sum(l + 1) : S::zero());
+                        else
+                            S::store(to, sum(l));
+                    }
+    }
+
+    // f(block, plane, planes) for the planes of the latent, as many at once as a tile takes of one block.
+    template <class F>
+    void each_latent_plane(const F& f) const {
+        const int64_t planes = planes_of(step_.latent);
+        for (int64_t block = 0; block < step_.blocks; ++block)
+            for (int64_t plane = 0; plane < planes; plane += TileLimits<S>::kPlanes)
+                f(block, block * planes + plane, smaller(TileLimits<S>::kPlanes, planes - plane));
     }
 
     const NetworkStep& step_;
@@ -269,8 +404,8 @@ class Dense {
     const T* latent_ = nullptr;
 };
 
-// How a step's work is shared out: as many parts of its planes as there are threads, and where there are too
-// few planes for that, parts of its rows.
+// How a step's work is shared out: as many parts of its planes as there are threads, and where there are
+// too few planes for that, parts of its rows.
 struct Shares {
     int64_t planes, parts;  // planes of a task, parts of the rows
     Shares(int64_t all_planes, int64_t at_once, int64_t rows, int64_t threads) : planes(at_once) {

@@ -177,7 +177,10 @@ static void depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64
         taps,
         s.latent,
         lam,
-        coefficients ? coefficients + (s.lam_channels ? planes * kBlock : 0) : nullptr};
+        coefficients ? coefficients + (s.lam_channels ? planes * kBlock : 0) : nullptr,
+        s.out_channels,
+        1,
+        s.latent * kBlock};
     float* pooled = frame.vector(s.pooled, sample);
     frame.clear_halo(s.output, sample);
     parallel(frame.runtime, (planes + at_once - 1) / at_once, [&](int64_t task) {

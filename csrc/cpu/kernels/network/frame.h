@@ -94,15 +94,17 @@ class Frame {
     // Zeros around an image whose readers look beyond it.
     void clear_halo(int64_t v, int64_t sample) const {
         const NetworkValue& value = call.program.values[v];
-        if (!value.halo_h && !value.halo_w) return;
-        const Image<T> image = this->image(v, sample);
-        const int64_t side = value.halo_w * kBlock;
-        for (int64_t c = 0; c < planes_of(value.channels); ++c) {
-            T* plane = image.data + c * image.plane - value.halo_h * image.row - side;
-            fill(plane, value.halo_h * image.row + side);
+        clear_halo(image(v, sample), planes_of(value.channels), value.halo_h, value.halo_w);
+    }
+    static void clear_halo(const Image<T>& image, int64_t planes, int64_t halo_h, int64_t halo_w) {
+        if (!halo_h && !halo_w) return;
+        const int64_t side = halo_w * kBlock;
+        for (int64_t c = 0; c < planes; ++c) {
+            T* plane = image.data + c * image.plane - halo_h * image.row - side;
+            fill(plane, halo_h * image.row + side);
             for (int64_t y = 0; y + 1 < image.height; ++y)
-                fill(plane + (value.halo_h + y + 1) * image.row - side, 2 * side);
-            fill(plane + (value.halo_h + image.height) * image.row - side, value.halo_h * image.row + side);
+                fill(plane + (halo_h + y + 1) * image.row - side, 2 * side);
+            fill(plane + (halo_h + image.height) * image.row - side, halo_h * image.row + side);
         }
     }
 

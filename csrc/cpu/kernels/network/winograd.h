@@ -59,9 +59,8 @@ class Winograd {
             for (int64_t t = t0; t < t1; ++t)
                 transform(plane, t, memory + plane * in.plane() + (t - t0) * kBlock, in.stride);
         const int64_t none = 0;
-        Product<T> product = dense_.product();
+        Product<T> product = dense_.product(p0, p1 - p0);
         const T* weight = product.weight;
-        const Product<T> whole = product;
         product.taps = &none, product.tap_count = 1, product.input_plane = in.plane();
         product.output_plane = out.plane(), product.latent = 0, product.activation = kNone;
         product.lam = product.static_bias = product.bias = nullptr;
@@ -73,9 +72,12 @@ class Winograd {
                                 {memory + point * in.stride, nullptr, nullptr, products + point * out.stride},
                                 {}, in.tiles, 0, 1);
             }
+            const Product<T> whole = dense_.product(plane, count);
+            const T* latent = dense_.latent(plane, count);
             for (int64_t t = t0; t < t1; ++t) {
                 const T* at = products + (t - t0) * kBlock;
-                count == 1 ? finish<1>(whole, plane, t, at, out) : finish<PLANES>(whole, plane, t, at, out);
+                count == 1 ? finish<1>(whole, latent, plane, t, at, out)
+                           : finish<PLANES>(whole, latent, plane, t, at, out);
             }
         }
     }
@@ -115,7 +117,8 @@ class Winograd {
 
     // A^T m A of one tile of some planes, and what follows the convolution
     template <int COUNT>
-    void finish(const Product<T>& s, int64_t plane, int64_t tile, const T* points, const Points& m) const {
+    void finish(const Product<T>& s, const T* latents, int64_t plane, int64_t tile, const T* points,
+                const Points& m) const {
         constexpr int ALL = COUNT * VECTORS;
         const int64_t y = tile / across_ * 2, x = tile % across_ * 2;
         const int64_t height = smaller(2, to_.height - y), width = smaller(2, to_.width - x);
@@ -150,7 +153,7 @@ class Winograd {
             const T* latent[4];
             for (int64_t i = 0; i < 4; ++i) {  // an output that does not exist takes that of a neighbour
                 const int64_t row = y + smaller(i / 2, height - 1), column = x + smaller(i % 2, width - 1);
-                latent[i] = dense_.latent() + (row * to_.width + column) * kBlock;
+                latent[i] = latents + (row * to_.width + column) * kBlock;
             }
             const T* p = s.p + plane * s.p_plane;
             for (int64_t l = 0; l < s.latent; ++l, p += kBlock) {
