@@ -9,6 +9,7 @@ import torch
 from operands import ISAS, instruction_set, threads
 from runs import LAYOUTS, Twin, assert_right, image, randomise
 from subjects import NETWORKS, accelerated, assert_follows, in_parts, mobilenet, released_form
+from test_network_blocks import BLOCKS, LAYERS, between_others, in_blocks
 from test_network_graphs import CHANNELS, VECTORS, made
 from test_network_values import MOBILENETS, RESNET, RESNETS, SMALL
 
@@ -84,6 +85,28 @@ def test_released_form(make, dynamic):
 def test_accelerated():
     network = dcd_kernels.accelerate(randomise(released.mobilenet_v2(0.1, 29)))
     assert_right(narrow(network), picture(2, 3, 64, 47))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name):
+    network, images = in_blocks(name)
+    right(network, *(x.to(BF16) for x in images))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_blocks_and_joint_fusion_between_layers(name):
+    """With images whose memory held NaN, a larger one, before."""
+    twin = Twin(narrow(between_others(name)))
+    for isa in ISAS:
+        with instruction_set(isa):
+            nan = torch.full((2, 3, 40, 40), float("nan"), dtype=BF16)
+            assert bool(twin.optimised(nan).isnan().all())
+        twin.run(picture(2, 3, 21, 26), picture(1, 3, 9, 11, layout="channels_last"), isas=(isa,))
+    with widened():
+        twin.run(picture(2, 3, 21, 26))
+    with threads(3):
+        twin.run(picture(1, 3, 21, 26), picture(4, 3, 12, 9))
+    twin.check()
 
 
 def test_mobilenet_at_half_width():

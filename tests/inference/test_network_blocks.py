@@ -40,14 +40,19 @@ BLOCKS = {
 }
 
 
+def in_blocks(name, **options):
+    """One of `BLOCKS` and images for it."""
+    inputs, outputs, blocks, latent = BLOCKS[name]
+    layer = blocked(inputs, outputs, blocks=blocks, latent_channels=latent, **options)
+    network = randomise(chain(layer, norm(outputs), nn.ReLU6()), channels=inputs)
+    return network, [image(2, inputs, *size, seed=i) for i, size in enumerate(SIZES)]
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("attention", [True, False], ids=["lam", "no lam"])
 def test_blocks(name, attention):
-    inputs, outputs, blocks, latent = BLOCKS[name]
-    layer = blocked(inputs, outputs, blocks=blocks, latent_channels=latent, channel_attention=attention)
-    network = chain(layer, norm(outputs), nn.ReLU6())
-    images = [image(2, inputs, *size, seed=i) for i, size in enumerate(SIZES)]
-    assert_right(randomise(network, channels=inputs), *images, isas=ISAS)
+    network, images = in_blocks(name, channel_attention=attention)
+    assert_right(network, *images, isas=ISAS)
 
 
 def test_which_blocks_go_together():
@@ -84,13 +89,17 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers(name):
-    """Between other layers, and with images whose memory held NaN, a larger one, before."""
+def between_others(name):
+    """One of `LAYERS` in a network of images of three channels."""
     layer = LAYERS[name]()
     folded = [] if layer.activation else [norm(layer.out_channels)]
-    network = chain(conv(3, layer.in_channels), nn.ReLU(), layer, *folded, deep(layer.out_channels))
-    twin = Twin(randomise(network))
+    return randomise(chain(conv(3, layer.in_channels), nn.ReLU(), layer, *folded, deep(layer.out_channels)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    """With images whose memory held NaN, a larger one, before."""
+    twin = Twin(between_others(name))
     for isa in ISAS:
         with instruction_set(isa):
             assert bool(twin.optimised(torch.full((2, 3, 40, 40), float("nan"))).isnan().all())
@@ -98,6 +107,43 @@ def test_layers(name):
     twin.check()
     with threads(3):
         twin.run(image(1, 3, 21, 26), image(4, 3, 12, 9))
+    twin.check()
+
+
+#: (Ci, Co, B, L of a block): blocks that end where planes, or pairs of planes, do, and in the midst of one
+FILTERED = {
+    "24 channels": (48, 48, 2, 5),
+    "24 and 40 channels, two planes of latents": (48, 80, 2, 19),
+    "16 and 32 channels": (64, 128, 4, 3),
+    "32 channels": (64, 64, 2, 8),
+    "20 and 12 channels": (80, 48, 4, 16),
+    "19 channels": (76, 76, 4, 1),
+}
+
+
+@pytest.mark.parametrize("attention", [True, False], ids=["lam", "no lam"])
+@pytest.mark.parametrize("name", FILTERED)
+def test_blocks_by_winograd(name, attention):
+    """Odd sizes, whose last tiles are cut, and a skip; one thread, and two that share out planes or tiles."""
+    inputs, outputs, blocks, latent = FILTERED[name]
+    layer = blocked(inputs, outputs, 3, blocks=blocks, latent_channels=latent, channel_attention=attention)
+    network = Net(
+        lambda s, x: torch.relu(s.n(s.layer(x)) + s.skip(x)),
+        skip=conv(inputs, outputs, 1),
+        layer=layer,
+        n=norm(outputs),
+    )
+    twin = Twin(randomise(network, channels=inputs))
+    filtered = [step for step in twin.optimised.plan.whole.piece.steps if step.fields.get("winograd")]
+    assert [step.fields["blocks"] for step in filtered] == [blocks]
+    for count in (1, 2):
+        with threads(count):
+            for isa in ISAS:
+                with instruction_set(isa):
+                    assert bool(twin.optimised(torch.full((3, inputs, 57, 38), float("nan"))).isnan().all())
+                twin.run(
+                    image(1, inputs, 57, 38), image(3, inputs, 14, 9), image(1, inputs, 5, 8), isas=(isa,)
+                )
     twin.check()
 
 
