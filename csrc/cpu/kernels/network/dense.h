@@ -206,6 +206,11 @@ class Dense {
         }
         return product;
     }
+    bool of_one_block(int64_t plane, int64_t planes) const {
+        if (!latent_) return true;
+        const Blocks blocks(plane, planes, step_.out_channels, step_.blocks);
+        return blocks.first == blocks.last;
+    }
     // [planes L, pixels, 16], beginning with the first latent of product().
     const T* latent(int64_t plane, int64_t planes) const {
         if (!latent_) return nullptr;

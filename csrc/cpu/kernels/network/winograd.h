@@ -72,12 +72,16 @@ class Winograd {
                                 {memory + point * in.stride, nullptr, nullptr, products + point * out.stride},
                                 {}, in.tiles, 0, 1);
             }
-            const Product<T> whole = dense_.product(plane, count);
-            const T* latent = dense_.latent(plane, count);
-            for (int64_t t = t0; t < t1; ++t) {
-                const T* at = products + (t - t0) * kBlock;
-                count == 1 ? finish<1>(whole, latent, plane, t, at, out)
-                           : finish<PLANES>(whole, latent, plane, t, at, out);
+            // planes of different blocks would be multiplied with each other's latents
+            const int64_t at_once = dense_.of_one_block(plane, count) ? count : 1;
+            for (int64_t c = 0; c < count; c += at_once) {
+                const Product<T> whole = dense_.product(plane + c, at_once);
+                const T* latent = dense_.latent(plane + c, at_once);
+                for (int64_t t = t0; t < t1; ++t) {
+                    const T* at = products + c * out.plane() + (t - t0) * kBlock;
+                    at_once == 1 ? finish<1>(whole, latent, plane + c, t, at, out)
+                                 : finish<PLANES>(whole, latent, plane + c, t, at, out);
+                }
             }
         }
     }
