@@ -32,6 +32,7 @@ def everything():
         tail=chain(
             released.BasicConv(18, 20),
             conv(20, 33, 1),
+            dcd(33, 33, 3, latent_channels=2),
             deep(33),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
