@@ -13,8 +13,10 @@ import statistics
 import sys
 from collections.abc import Sequence
 
+from .accelerated import summary as accelerated
 from .candidates import BMM, FACTORED, FORWARD, GROUPED, NORMALISED, OURS, STATIC, TRAINING
 from .networks import summary
+from .rows import case_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -23,6 +25,8 @@ START = "<!-- numbers: rows written by benchmarks/ -->"
 END = "<!-- end of the numbers -->"
 GPU_START = "<!-- gpu numbers: rows written by benchmarks/gpu/ -->"
 GPU_END = "<!-- end of the gpu numbers -->"
+ACCELERATED_START = "<!-- accelerated numbers: rows written by benchmarks/accelerated/ -->"
+ACCELERATED_END = "<!-- end of the accelerated numbers -->"
 NETWORK_START = "<!-- network numbers: rows written by benchmarks/networks/ -->"
 NETWORK_END = "<!-- end of the network numbers -->"
 CHART = RESULTS / "networks.png"
@@ -146,7 +150,7 @@ def gpu_table(rows: Sequence[dict]) -> str:
 def network_section(rows: Sequence[dict]) -> str:
     """The table of whole networks, and the chart where there is anything to draw."""
     text = summary.table(rows)
-    if not any(summary.case_rows(rows, "inference", name, 1) for name in summary.NETWORKS):
+    if not any(case_rows(rows, "inference", name, 1) for name in summary.NETWORKS):
         return text
     chart = CHART.relative_to(ROOT).as_posix()
     return f"![what DCD costs on every runtime]({chart})\n\n{text}"
@@ -175,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = README.read_text(encoding="utf-8")
     wanted = replaced(text, START, END, table(read("pointwise-*.csv")))
     wanted = replaced(wanted, GPU_START, GPU_END, gpu_table(read("gpu-*.csv")))
+    wanted = replaced(
+        wanted, ACCELERATED_START, ACCELERATED_END, accelerated.table(read("accelerated-*.csv"))
+    )
     networks = read("networks-*.csv")
     wanted = replaced(wanted, NETWORK_START, NETWORK_END, network_section(networks))
     if options.check:

@@ -21,7 +21,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 import dcd_kernels as dcd
 from benchmarks import environment
 from benchmarks import report as shared
-from benchmarks.accelerated import command, memory, report, unit, verify
+from benchmarks.accelerated import command, memory, report, summary, unit, verify
 from benchmarks.accelerated.networks import (
     ACCELERATED,
     CANDIDATES,
@@ -344,3 +344,18 @@ def test_memory_is_that_of_a_step(networks):
     assert parameters < peak < 200 * 2**20
     with pytest.raises(RuntimeError, match="resnet19"):
         memory.peak_bytes(NetworkCase("resnet19", EVAL, 1), Candidate(STATIC, NCHW), "native")
+
+
+def test_the_readme_s_table():
+    def row(group, time, date="2026-01-02", peak="", **more):
+        values = {"task": TRAINING, "network": "resnet18", "batch": 8, "threads": 1, "size": 224}
+        values |= {"group": group, "date": date, "commit": "c" * 14, "cpu": "a CPU", "torch": "2"}
+        values |= {"p50_us": time, "ratio_to_best_static": time / 2, "ratio_to_best_unpatched": time / 5}
+        return {key: str(value) for key, value in (values | {"peak_to_static": peak} | more).items()}
+
+    rows = [row(STATIC, 2.0), row(UNPATCHED, 5.0, peak=1.5), row(UNPATCHED, 6.0), row(ACCELERATED, 2.5)]
+    text = summary.table([*rows, row(ACCELERATED, 0.1, date="2026-01-01"), row(ACCELERATED, 9.0, batch=1)])
+    assert "| ResNet-18, a training step, batch 8 | **2.00** | 1.25 (2.50) | – (1.50) |" in text
+    assert text.count("ResNet-18") == 1
+    assert "torch 2, commit cccccccccccc, 2026-01-02." in text
+    assert summary.table(rows[:1]) == "not yet measured"

@@ -24,7 +24,13 @@ EVAL = "eval"
 UNPATCHED, ACCELERATED = "unpatched", "accelerated"
 PAPER = "ours"  # not the released form but the paper's, on the fused kernels
 WIDTH = "mobilenet_v2_x"  # and a width
-NETWORKS = (f"{WIDTH}0.5", f"{WIDTH}1.0", "resnet18", "resnet50")
+TITLES = {
+    f"{WIDTH}0.5": "MobileNetV2 ×0.5",
+    f"{WIDTH}1.0": "MobileNetV2 ×1.0",
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+}
+NETWORKS = tuple(TITLES)
 SETTLING_BATCH = 8
 
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 
-from ..accelerated.networks import NETWORKS, PAPER
+from ..accelerated.networks import NETWORKS, PAPER, TITLES
 from ..candidates import STATIC, TRAINING
+from ..rows import Row, Rows, best, case_rows
+from . import baselines
 from .candidates import (
     COMPILED,
     EAGER,
@@ -24,7 +25,6 @@ from .candidates import (
 from .runtimes import PACKAGES
 from .written import DCD, FOLDED
 
-TITLES = dict(zip(NETWORKS, ("MobileNetV2 ×0.5", "MobileNetV2 ×1.0", "ResNet-18", "ResNet-50"), strict=True))
 # runtime, the form that is dynamic there, and how it is called
 LINES = (
     (EAGER, DCD, EAGER),
@@ -37,28 +37,6 @@ LINES = (
     (OURS_BF16, DCD, f"**{OURS}, bfloat16**"),
 )
 BATCHES = (1, 8)
-
-Row = dict[str, str]
-Rows = Sequence[Row]
-
-
-def case_rows(rows: Rows, task: str, network: str, batch: int, threads: int = 1) -> list[Row]:
-    """The timed rows of one case at 224 × 224, of its newest run."""
-    wanted = (task, network, str(batch), str(threads), "224")
-    found = [
-        row
-        for row in rows
-        if tuple(row[key] for key in ("task", "network", "batch", "threads", "size")) == wanted
-        and row["p50_us"]
-    ]
-    newest = max((row["date"] for row in found), default=None)
-    return [row for row in found if row["date"] == newest]
-
-
-def best(rows: Rows, group: str, key: str = "p50_us") -> Row | None:
-    """The fastest candidate of a group."""
-    found = [row for row in rows if row["group"] == group]
-    return min(found, key=lambda row: float(row[key]), default=None)
 
 
 def _milliseconds(row: Row | None, key: str = "p50_us") -> str:
@@ -92,7 +70,7 @@ def table(rows: Rows) -> str:
         if body:
             lines += ["", f"| batch {batch} | {' | '.join(TITLES.values())} |", "| --- " * 5 + "|"]
             lines += [f"| {' | '.join(cells)} |" for cells in body]
-    notes = [*_threads(rows), *_training(rows), *_protocol(rows)]
+    notes = [*_baselines(rows), *_threads(rows), *_training(rows), *_protocol(rows)]
     notes += [
         f"- {run['cpu']}, one thread; torch {run['torch']}, "
         + ", ".join(f"{name} {run[name]}" for name in PACKAGES[2:])
@@ -108,6 +86,24 @@ def _distinct(runs: dict[str, Row]) -> list[Row]:
     """One row for each commit and day, the oldest first."""
     found = {(runs[date]["commit"], date[:10]): runs[date] for date in sorted(runs)}
     return list(found.values())
+
+
+def _baselines(rows: Rows) -> list[str]:
+    """Other dynamic convolutions, in eager PyTorch, whose weights are sums of several kernels."""
+    notes = []
+    for network in NETWORKS:
+        found = []
+        for batch in BATCHES:
+            case = case_rows(rows, INFERENCE, network, batch)
+            times = [
+                f"{expert} {_milliseconds(row)} ms ({float(row['ratio_to_best_static']):.2f})"
+                for expert in baselines.EXPERTS
+                if (row := best(case, f"{EAGER} {expert}"))
+            ]
+            found += [f"batch {batch}: {', '.join(times)}"] if times else []
+        if found:
+            notes.append(f"- {TITLES[network]} by other dynamic convolutions in {EAGER}, {'; '.join(found)}.")
+    return notes
 
 
 def _threads(rows: Rows) -> list[str]:

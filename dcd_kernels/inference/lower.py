@@ -220,7 +220,8 @@ class Lowering:
         if chain.skip is not None:
             fields["skip"] = self._value(chain.skip)
         output = Value(layer.out_channels, kind != "linear", input_scale * max(layer.geometry.stride))
-        step = self._step(kind, what=self._told(chain, kind), output=output, **fields)
+        how = "filtered (Winograd)" if fields.get("winograd") else kind
+        step = self._step(kind, what=self._told(chain, how), output=output, **fields)
         self.piece.told[node] = step.what
 
         narrow = self.piece.narrow
@@ -235,8 +236,8 @@ class Lowering:
         self.values[chain.last] = output
 
     @staticmethod
-    def _told(chain: _Chain, kind: str) -> str:
-        parts = [f"{chain.layer.what} {'convolution of the input' if kind == 'stem' else kind}"]
+    def _told(chain: _Chain, how: str) -> str:
+        parts = [f"{chain.layer.what} {'convolution of the input' if how == 'stem' else how}"]
         parts += ["norm"] if chain.norms else []
         parts += ["sum"] if chain.skip is not None else []
         names = {code: name for name, code in ACTIVATIONS.items()}

@@ -39,9 +39,10 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
     Norms are folded into the layers before them, and activations, sums and the pooling for the next layer's
     branch are computed where their input is made; a pointwise layer and the depthwise one behind it run row
     by row, so that what is between them, the largest images of a MobileNet, is never in memory as a whole.
-    Dynamic layers take the cheaper order of the product for each size of image. A network is one operator
-    where every node of its data flow (torch.fx) has a kernel; nodes without one run as they are written,
-    between pieces. :func:`dcd_kernels.report` of the result says which, and why.
+    Dynamic layers take the cheaper order of the product for each size of image. In float32, 3×3 layers of
+    stride 1 between 32 channels or more are computed by Winograd's F(2×2, 3×3), where an infinite input gives
+    NaN. A network is one operator where every node of its data flow (torch.fx) has a kernel; nodes without
+    one run as they are written, between pieces. :func:`dcd_kernels.report` of the result says which, and why.
 
     There are kernels for the networks of :mod:`dcd_kernels.models`, for those in the released form,
     accelerated or not, and for static ones: 2-D convolutions (dense or depthwise) and linear layers, static
@@ -69,7 +70,8 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
             call raises RuntimeError where the result, one of its children or a dropout in it was put into
             training mode, or the input has other channels than the network.
 
-    Source: paper, Section 5.5 (the protocol), Eq. 6 to 9, Fig. 4b (the layers).
+    Source: paper, Section 5.5 (the protocol), Eq. 6 to 9, Fig. 4b (the layers); Lavin and Gray 2016, section
+    4.1 (Winograd's filtering).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -110,43 +110,6 @@ def test_layers(name):
     twin.check()
 
 
-#: (Ci, Co, B, L of a block): blocks that end where planes, or pairs of planes, do, and in the midst of one
-FILTERED = {
-    "24 channels": (48, 48, 2, 5),
-    "24 and 40 channels, two planes of latents": (48, 80, 2, 19),
-    "16 and 32 channels": (64, 128, 4, 3),
-    "32 channels": (64, 64, 2, 8),
-    "20 and 12 channels": (80, 48, 4, 16),
-    "19 channels": (76, 76, 4, 1),
-}
-
-
-@pytest.mark.parametrize("attention", [True, False], ids=["lam", "no lam"])
-@pytest.mark.parametrize("name", FILTERED)
-def test_blocks_by_winograd(name, attention):
-    """Odd sizes, whose last tiles are cut, and a skip; one thread, and two that share out planes or tiles."""
-    inputs, outputs, blocks, latent = FILTERED[name]
-    layer = blocked(inputs, outputs, 3, blocks=blocks, latent_channels=latent, channel_attention=attention)
-    network = Net(
-        lambda s, x: torch.relu(s.n(s.layer(x)) + s.skip(x)),
-        skip=conv(inputs, outputs, 1),
-        layer=layer,
-        n=norm(outputs),
-    )
-    twin = Twin(randomise(network, channels=inputs))
-    filtered = [step for step in twin.optimised.plan.whole.piece.steps if step.fields.get("winograd")]
-    assert [step.fields["blocks"] for step in filtered] == [blocks]
-    for count in (1, 2):
-        with threads(count):
-            for isa in ISAS:
-                with instruction_set(isa):
-                    assert bool(twin.optimised(torch.full((3, inputs, 57, 38), float("nan"))).isnan().all())
-                twin.run(
-                    image(1, inputs, 57, 38), image(3, inputs, 14, 9), image(1, inputs, 5, 8), isas=(isa,)
-                )
-    twin.check()
-
-
 def test_sums_and_pooling():
     """What other dense layers take in: a skip, an activation, the means for the next branch."""
     network = Net(

@@ -34,6 +34,7 @@ def everything():
             dcd(20, 34, blocks=2, latent_channels=3),
             dcd(34, 10, 2, padding=0, joint=True, latent_channels=2, latent_kernel=4),
             conv(10, 33, 1),
+            dcd(33, 33, 3, latent_channels=2),
             deep(33),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
