@@ -184,6 +184,17 @@ struct Tile {
         if (channels) multiply<STRIDE>(acc, x, pixel, w, weight_plane, channels);
     }
 
+    // Where weights are synthesised the skip is W, which nothing has read yet, and the sums are short.
+    __attribute__((always_inline)) static inline void fetch_skip(const Product<Weights>& s,
+                                                                 const Places<TYPES>& at) {
+        constexpr int64_t kReach = 4 * 1024 / sizeof(*at.skip);
+#pragma GCC unroll 16
+        for (int i = 0; i < PIXELS; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < PLANES; ++j)
+                __builtin_prefetch(at.skip + j * s.skip_plane + i * kBlock + kReach, 0, 3);
+    }
+
     template <class F>
     __attribute__((always_inline)) static inline void each(V (&acc)[PIXELS][ALL], const F& f) {
 #pragma GCC unroll 16
@@ -202,6 +213,7 @@ struct Tile {
         } else {
             each(acc, [](V, int, int) { return S::zero(); });
         }
+        if (s.skip_scale) fetch_skip(s, at);
         const Weights* w = s.weight + plane * s.weight_plane;
         for (int64_t t = 0; t < s.tap_count; ++t)
             planes<STEP>(acc, at.input + s.taps[t], s.input_plane, s.pixel, w, s.weight_plane, s.channels);
