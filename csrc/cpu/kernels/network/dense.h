@@ -12,11 +12,12 @@
 namespace dcd::DCD_ISA::net {
 
 // Multiply-adds that the dynamic residual adds to one sample; whole vectors of the latent are computed.
-// A synthesised weight is loaded and stored besides, which was measured to cost half as much again. Blocks
-// are not synthesised in pairs of rows: if their channels are odd in number, a pair is of two blocks.
+// A synthesised weight is loaded and stored besides, which was measured to cost half as much again. In bf16
+// rows are synthesised in pairs, none of which may be of two blocks.
 static inline bool synthesis_pays(const NetworkStep& s, int64_t pixels, bool narrow) {
     const int64_t wide = planes_of(s.latent) * kBlock, taps = s.kernel_h * s.kernel_w;
-    return taps == 1 && s.latent && !s.latent_kernel && !(narrow && s.blocks > 1) &&
+    const bool split = narrow && s.blocks > 1 && s.in_channels / s.blocks % 2;
+    return taps == 1 && !s.latent_kernel && !split &&
            3 * s.out_channels * (s.in_channels / s.blocks * (s.latent + s.blocks) + s.latent * s.latent) <
                2 * pixels * (s.in_channels * wide + s.blocks * s.latent * wide + s.latent * s.out_channels);
 }
@@ -33,7 +34,7 @@ struct Blocks {
 
 // [planes, rows, 16]: the matrix of `rows` rows that W_n, or a filter of a depthwise layer, is for one
 // sample: lam fixed + left Phi^T P^T. left [blocks, planes L, rows, 16], fixed [planes, rows, 16], p [planes,
-// latents of all blocks, 16]; or pairs of rows and of latents, which are of one block.
+// latents of all blocks, 16]; or pairs of rows and of latents, each of one block.
 template <class W>
 struct Synthesis {
     const W *left, *fixed, *p;
@@ -89,10 +90,10 @@ static void synthesise(const Synthesis<float>& s, int64_t plane, int64_t planes,
     without(0, blocks.first * rows), without((blocks.last + 1) * rows, s.rows);
 }
 
-// Pairs of rows, each summed in fp32 and rounded once.
+// Pairs of rows, each summed in fp32 and rounded once; `latent` is 0 for those of other blocks.
 template <class S, int PAIRS>
-static void synthesise_pairs(const Synthesis<Pair>& s, const float* lam, const Pair* left, const Pair* fixed,
-                             const float* fused, Pair* to) {
+static void synthesise_pairs(const Synthesis<Pair>& s, int64_t latent, const float* lam, const Pair* left,
+                             const Pair* fixed, const float* fused, Pair* to) {
     using V = typename S::Vec;
     constexpr int W = S::kLanes, VECTORS = TileLimits<S>::kVectors;
     V sums[PAIRS][2][VECTORS];
@@ -104,7 +105,7 @@ static void synthesise_pairs(const Synthesis<Pair>& s, const float* lam, const P
             const V scale = lam ? S::load(lam + v * W) : S::set1(1);
             sums[i][0][v] = S::mul(scale, S::firsts(w)), sums[i][1][v] = S::mul(scale, S::seconds(w));
         }
-    for (int64_t l = 0; l < s.latent; ++l) {
+    for (int64_t l = 0; l < latent; ++l) {
         V weight[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) weight[v] = S::load(fused + l * kBlock + v * W);
@@ -129,19 +130,27 @@ static void synthesise_pairs(const Synthesis<Pair>& s, const float* lam, const P
 template <class S>
 static void synthesise(const Synthesis<Pair>& s, int64_t plane, int64_t planes, float* fused, Pair* to) {
     constexpr int kPairs = S::kRegisters == 32 ? 8 : 4 / TileLimits<S>::kVectors;
-    const int64_t depth = s.depth();
-    fuse<S>(s, 0, plane, planes, fused);
-    for (int64_t c = 0; c < planes; ++c) {
-        const float* lam = s.lam ? s.lam + (plane + c) * kBlock : nullptr;
-        const Pair* fixed = s.fixed + (plane + c) * depth * kBlock;
-        const auto run = [&](auto tile, int64_t i) {
-            tile(s, lam, s.left + i * kBlock, fixed + i * kBlock, fused + c * s.latent * kBlock,
-                 to + (c * depth + i) * kBlock);
-        };
-        int64_t i = 0;
-        for (; i + kPairs <= depth; i += kPairs) run(&synthesise_pairs<S, kPairs>, i);
-        for (; i < depth; ++i) run(&synthesise_pairs<S, 1>, i);
+    const int64_t depth = s.depth(), latents = planes_of(s.latent) * depth * kBlock;
+    const Blocks blocks(plane, planes, s.out_channels, s.blocks);
+    const auto begin_of = [&](int64_t block) { return block * depth / s.blocks; };
+    const auto pairs = [&](int64_t block, int64_t latent, int64_t begin, int64_t end) {
+        for (int64_t c = 0; c < planes; ++c) {
+            const float* lam = s.lam ? s.lam + (plane + c) * kBlock : nullptr;
+            const Pair* fixed = s.fixed + (plane + c) * depth * kBlock;
+            const auto run = [&](auto tile, int64_t i) {
+                tile(s, latent, lam, s.left + block * latents + i * kBlock, fixed + i * kBlock,
+                     fused + c * s.latent * kBlock, to + (c * depth + i) * kBlock);
+            };
+            int64_t i = begin;
+            for (; i + kPairs <= end; i += kPairs) run(&synthesise_pairs<S, kPairs>, i);
+            for (; i < end; ++i) run(&synthesise_pairs<S, 1>, i);
+        }
+    };
+    for (int64_t block = blocks.first; block <= blocks.last; ++block) {
+        fuse<S>(s, block, plane, planes, fused);
+        pairs(block, s.latent, begin_of(block), begin_of(block + 1));
     }
+    pairs(0, 0, 0, begin_of(blocks.first)), pairs(0, 0, begin_of(blocks.last + 1), depth);
 }
 
 // One dense step on one sample. Made once; then any planes of any rows, from any thread.
@@ -171,6 +180,7 @@ class Dense {
         product_.lam = s.lam_channels ? coefficients : nullptr;
         product_.activation = static_cast<int>(s.activation);
         product_.ahead = frame.ahead_of_one_thread();
+        if (!s.latent) return;
         synthesised_ = synthesis_pays(s, size_.height * size_.width, kIsNarrow<W>);
         const int64_t p_plane = depth_of(latent_width(s), kIsNarrow<W>) * kBlock;
         if (synthesised_) {
@@ -185,7 +195,7 @@ class Dense {
                           s.blocks,
                           p_plane};
             latent_bias_ = frame.constant(s.latent_bias);
-        } else if (s.latent) {
+        } else {
             product_.p = frame.weight(s.p), product_.p_plane = p_plane;
             product_.latent_plane = size_.height * size_.width * kBlock;
             latent_ = s.latent_kernel ? project_jointly(frame, phi) : project(frame, phi);
