@@ -51,8 +51,11 @@ COMPILED := $(BIN)/python -m pytest -q --ignore tests/triton_kernels/interpreted
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton_kernels/interpreted
 
 # The other runtimes are for comparison alone: without them the networks' suite says what it cannot measure.
-$(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/pip install -q --no-build-isolation -e ".[bench]"
+# Installed by name: with the project's extra, pip would build the project again.
+BENCH_PACKAGES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"], sep="\n")
+$(VENV)/.bench: pyproject.toml $(VENV)/.installed
+	$(BIN)/python -c '$(BENCH_PACKAGES)' > $@.txt
+	$(BIN)/pip install -q -r $@.txt
 	touch $@
 
 BENCH := $(BIN)/python -m dcd_kernels bench
@@ -119,7 +122,7 @@ $(VENV)/.installed: $(VENV)/.tools $(BUILD_INPUTS)
 # Leaks are not looked for: Python and torch keep what they allocate until the process ends.
 SANITIZED := build-sanitize/lib
 SANITIZED_TESTS := tests/test_core.py tests/test_functional.py tests/test_grad.py tests/test_moments.py tests/test_property.py \
-	$(wildcard tests/test_ops_*.py) tests/inference/test_ops_network.py tests/inference/test_network_graphs.py
+	$(wildcard tests/test_ops_*.py) $(addprefix tests/inference/test_,ops_network.py network_graphs.py network_winograd.py network_blocks.py)
 SANITIZER_RUNTIME := $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZED_RUN = LD_PRELOAD=$(SANITIZER_RUNTIME) PYTHONPATH=$(SANITIZED) UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1

@@ -46,7 +46,7 @@ def run_photographs(options: argparse.Namespace, console: Console) -> bool:
     console.print(f"[bold]1. DCD-MobileNetV2 ×1.0 on {len(taken)} photographs[/] ({names}; 224 × 224)")
     console.print(
         "The weights are random, fresh from the initialisation (BatchNorm statistics too), so the network "
-        "names nothing. All rows are one network with the same weights: only how its dynamic layers are "
+        "names nothing. All rows are one network with the same weights: only how it is "
         "computed differs.\n",
         highlight=False,
     )
@@ -72,7 +72,7 @@ def run_photographs(options: argparse.Namespace, console: Console) -> bool:
     path = options.out / "formulations.png"
     title = f"DCD-MobileNetV2 ×1.0, one forward pass over {len(taken)} photographs, random weights"
     note = f"{info.one_line()}. {how}"
-    pictures.comparison(path, rows, static, title, note)
+    pictures.comparison(path, rows, static, len(comparison.OURS), title, note)
     wrote(console, path)
     return agreed
 

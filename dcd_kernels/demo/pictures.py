@@ -26,10 +26,11 @@ def bars(
     labels: Sequence[str],
     static: float,
     digits: int,
+    ours: int,
 ) -> None:
-    """Horizontal bars, the fused kernels first, each with its label behind it; the static twin as a line."""
+    """Horizontal bars, ``ours`` first, each with its label behind it; the static twin as a line."""
     places = range(len(names))
-    axes.barh(places, values, color=[FUSED, *[OTHER] * (len(names) - 1)], height=0.62)
+    axes.barh(places, values, color=[*[FUSED] * ours, *[OTHER] * (len(names) - ours)], height=0.62)
     axes.axvline(static, color=STATIC, linestyle="--", linewidth=1.2)
     axes.text(static, -0.58, f" static twin {static:.{digits}f}", color=STATIC, fontsize=8.5)
     reach = 1.45 * max(*values, static)
@@ -43,13 +44,16 @@ def bars(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def comparison(path: Path, rows: Sequence[Measurement], static: Measurement, title: str, note: str) -> None:
+def comparison(
+    path: Path, rows: Sequence[Measurement], static: Measurement, ours: int, title: str, note: str
+) -> None:
     """Time at each thread count and, if measured, peak memory of every formulation, side by side.
 
     Args:
         path: the PNG to write.
         rows: the formulations, the fused kernels first.
         static: the static twin, drawn as a line.
+        ours: how many of the first rows are computed by this package, for their colour.
         title: above everything.
         note: how it was measured, below everything.
     """
@@ -67,14 +71,14 @@ def comparison(path: Path, rows: Sequence[Measurement], static: Measurement, tit
     for axes, count in zip(panels[0], counts, strict=False):
         values = [row.milliseconds[count] for row in rows]
         labels = [f"{row.milliseconds[count]:.0f} ms (×{row.ratio[count]:.2f})" for row in rows]
-        bars(axes, names, values, labels, static.milliseconds[count], 0)
+        bars(axes, names, values, labels, static.milliseconds[count], 0, ours)
         axes.set_xlabel("milliseconds a batch (× fused)")
         axes.set_title(f"Time, {count} thread{'s' if count > 1 else ''}", fontsize=11)
     if measured:
         axes = panels[0, -1]
         values = [row.peak_bytes / 2**20 for row in rows]
         labels = [f"{value:.1f} MiB" for value in values]
-        bars(axes, names, values, labels, static.peak_bytes / 2**20, 1)
+        bars(axes, names, values, labels, static.peak_bytes / 2**20, 1, ours)
         axes.set_xlabel("MiB above weights and input")
         axes.set_title("Peak extra memory, 1 thread", fontsize=11)
     figure.suptitle(title, fontsize=12, fontweight="bold")

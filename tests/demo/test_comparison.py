@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The demo's five ways of computing one network."""
+"""The demo's six ways of computing one network."""
 
 from __future__ import annotations
 

@@ -179,7 +179,6 @@ class Dense {
         product_.static_bias = frame.constant(s.static_bias), product_.bias = frame.constant(s.bias);
         product_.lam = s.lam_channels ? coefficients : nullptr;
         product_.activation = static_cast<int>(s.activation);
-        product_.ahead = frame.ahead_of_one_thread();
         if (!s.latent) return;
         synthesised_ = synthesis_pays(s, size_.height * size_.width, kIsNarrow<W>);
         const int64_t p_plane = depth_of(latent_width(s), kIsNarrow<W>) * kBlock;

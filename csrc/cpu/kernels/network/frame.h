@@ -28,7 +28,6 @@ class Frame {
     const int64_t first;    // sample of the call
     char* const memory;
     float* const work;  // what a step needs besides its values, and shares with its tasks
-    mutable Ahead<float> ahead;
 
     Frame(const NetworkCall& call, const Runtime& runtime, int64_t first)
         : call(call),
@@ -36,22 +35,6 @@ class Frame {
           first(first),
           memory(static_cast<char*>(scratch(call.memory + call.work, Scratch::kNetwork))),
           work(reinterpret_cast<float*>(memory + call.memory)) {}
-
-    // From now on `step` computes.
-    void begin(const NetworkStep* step) const {
-        constexpr int64_t kReach = 64 * 1024;  // a quarter of a megabyte: it has to stay until it is used
-        const NetworkStep* end = call.program.steps + call.program.step_count;
-        int64_t first = -1;
-        while (first < 0 && ++step < end)
-            if (!step->streamed) first = step->kind == kBranch ? step->squeeze : step->weight;
-        if (first < 0) return;
-        const float* next = constant(first);
-        ahead.end = next + kReach;
-        if (ahead.end > call.constants + call.constant_count)
-            ahead.end = call.constants + call.constant_count;
-        if (ahead.next < next || ahead.next > ahead.end) ahead.next = next;
-    }
-    Ahead<float>* ahead_of_one_thread() const { return runtime.threads <= 1 ? &ahead : nullptr; }
 
     const float* constant(int64_t offset) const { return offset < 0 ? nullptr : call.constants + offset; }
     // Weights that are summed over channels.

@@ -70,14 +70,11 @@ static void run(const NetworkCall& call, const Runtime& runtime) {
             const NetworkStep* next = at;
             while (next < end && next->stage == at->stage) ++next;
             if (next - at == 1) {
-                frame.begin(at);
                 if (!at->streamed) step<S>(frame, *at, 0, samples);
             } else {
                 for (int64_t n = 0; n < samples; ++n)
-                    for (const NetworkStep* s = at; s < next; ++s) {
-                        frame.begin(s);
+                    for (const NetworkStep* s = at; s < next; ++s)
                         if (!s->streamed) step<S>(frame, *s, n, n + 1);
-                    }
             }
             at = next;
         }

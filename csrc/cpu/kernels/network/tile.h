@@ -15,19 +15,6 @@
 
 namespace dcd::DCD_ISA::net {
 
-// Weights that later steps will read, fetched into the second-level cache while the present one computes: a
-// network's weights are read once a sample, at the speed of whatever memory they lie in.
-template <class T>
-struct Ahead {
-    const T* next = nullptr;
-    const T* end = nullptr;
-
-    void fetch(int64_t lines) {
-        constexpr int64_t kLine = 64 / sizeof(T);
-        for (; lines > 0 && next < end; --lines, next += kLine) __builtin_prefetch(next, 0, 2);
-    }
-};
-
 template <class W>
 struct Product {
     // The static part: weight [planes Co, taps, Ci, 16], or pairs
@@ -45,7 +32,6 @@ struct Product {
     const float* skip_scale = nullptr;
     int64_t skip_plane = 0, output_plane = 0;
     int activation = kNone;
-    Ahead<float>* ahead = nullptr;  // of the one thread that computes the product, if it is one
 };
 
 // Where one tile reads and writes: its first pixel, the first of its planes.
@@ -304,11 +290,8 @@ static void product_rows(const Product<typename TYPES::W>& s, int64_t plane, int
     constexpr int64_t kPixels = TileLimits<S>::kPixels;
     const RunTile<TYPES>* run = tiles_for<S, TYPES>(s.pixel, planes);
     const int64_t tiles = (width + kPixels - 1) / kPixels;
-    // about a byte a cycle
-    const int64_t lines = s.tap_count * s.channels / (kIsNarrow<typename TYPES::W> ? 8 : 4) + 1;
     for (int64_t y = y0; y < y1; ++y)
         for (int64_t t = 0; t < tiles; ++t) {
-            if (s.ahead) s.ahead->fetch(lines);
             const int64_t x = t * width / tiles, count = (t + 1) * width / tiles - x;
             run[count - 1](s, plane,
                            {at.input ? at.input + y * rows.input + x * s.pixel : nullptr,
