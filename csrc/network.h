@@ -137,7 +137,6 @@ struct NetworkPlace {
 struct NetworkCall {
     NetworkProgram program;
     const float* constants;
-    int64_t constant_count;
     int64_t batch;
     int64_t shares;        // parts of the batch, each run by one thread in memory of its own
     int64_t memory, work;  // bytes: of all values of a share, and of what steps need besides

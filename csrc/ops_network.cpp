@@ -45,7 +45,9 @@ void check_image(const Tensor& tensor, const Tensor& first, ScalarType type) {
     STD_TORCH_CHECK(tensor.dim() == 4 || tensor.dim() == 2,
                     "inputs must have shape (N, C, H, W) or (N, C), got ", tensor.dim(), " dimensions");
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type, "inputs must be ",
-                    type == ScalarType::Float ? "float32" : "bfloat16", " on the CPU, as the program is");
+                    torch::headeronly::toString(type), " on the CPU, as the program is, got ",
+                    torch::headeronly::toString(tensor.scalar_type()),
+                    tensor.is_cpu() ? "" : " on another device");
     STD_TORCH_CHECK(tensor.size(0) == first.size(0), "inputs must have one batch size, got ", first.size(0),
                     " and ", tensor.size(0));
 }
@@ -151,7 +153,9 @@ std::vector<Tensor> network(std::vector<Tensor> inputs,  // each [N, C, H, W] or
     call.program = decode(program);
     STD_TORCH_CHECK(
         constants.is_cpu() && constants.scalar_type() == ScalarType::Float && constants.is_contiguous(),
-        "constants must be contiguous float32 on the CPU");
+        "constants must be contiguous float32 on the CPU, got ",
+        torch::headeronly::toString(constants.scalar_type()), constants.is_cpu() ? "" : " on another device",
+        constants.is_contiguous() ? "" : ", not contiguous");
     STD_TORCH_CHECK(!inputs.empty(), "inputs must be at least one tensor");
     std::vector<NetworkTensor> tensors, results;
     for (const Tensor& input : inputs) {
@@ -162,7 +166,6 @@ std::vector<Tensor> network(std::vector<Tensor> inputs,  // each [N, C, H, W] or
     NetworkChecks(call.program, constants.numel()).run();
     std::vector<NetworkPlace> places = sizes_of_values(call.program, tensors);
     call.constants = static_cast<const float*>(constants.const_data_ptr());
-    call.constant_count = constants.numel();
     call.batch = inputs[0].size(0);
     const Runtime runtime = torch_runtime();
     call.shares = std::max<int64_t>(1, call.batch >= runtime.threads ? runtime.threads : 1);

@@ -13,7 +13,10 @@ import math
 
 
 def synthesis_pays(in_channels: int, out_channels: int, latent: int, blocks: int, pixels: int) -> bool:
-    """Whether a pointwise layer forms W_n: the estimate of ``csrc/cpu/plan.h``, which all kernels obey."""
+    """Whether a pointwise layer forms W_n, by the estimate of ``csrc/cpu/plan.h``, which single layers obey.
+
+    Optimised networks form it where that saves a third (``csrc/cpu/kernels/network/dense.h``).
+    """
     product = in_channels * out_channels
     estimate = product // blocks * latent + min(in_channels, out_channels) * latent**2 + product
     return latent > 0 and estimate < on_map(in_channels, out_channels, latent, blocks, pixels)

@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from dcd_kernels.interop import acceleration, patch
+from dcd_kernels.interop.tracer import ThreadTracer
 from dcd_kernels.models.released.layers import ReleasedLayer
 from dcd_kernels.nn.layer import DCDLayer
 
@@ -26,7 +27,7 @@ class _Root(nn.Module):
         return self.network(input)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(ThreadTracer):
     """``whole`` are the modules that are one node."""
 
     def __init__(self, whole: set[nn.Module]) -> None:

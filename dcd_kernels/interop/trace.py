@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from . import layers
 from .guards import names_in_code, snapshot
+from .tracer import ThreadTracer
 
 SEED = 20  # of everything that is drawn to look at a module
 _BATCH = 3
@@ -60,7 +61,7 @@ class _Attribute(fx.proxy.Attribute):
     __len__, __getattr__ = _Proxy.__len__, _Proxy.__getattr__
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(ThreadTracer):
     """Every child is one step, as it may have hooks and a mode of its own; only a Sequential is opened.
 
     ``lengths`` are those of shapes and tuples that are unpacked into arguments, by their node's name.
