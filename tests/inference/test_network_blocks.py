@@ -17,10 +17,6 @@ from dcd_kernels.nn import DCDLinear
 SIZES = ((1, 1), (2, 7), (19, 30))
 
 
-def blocked(inputs, outputs, kernel=1, **options):
-    return dcd(inputs, outputs, kernel, **options)
-
-
 def joint(inputs, outputs, kernel, **options):
     return dcd(inputs, outputs, kernel, joint=True, **options)
 
@@ -43,7 +39,7 @@ BLOCKS = {
 def in_blocks(name, **options):
     """One of `BLOCKS` and images for it."""
     inputs, outputs, blocks, latent = BLOCKS[name]
-    layer = blocked(inputs, outputs, blocks=blocks, latent_channels=latent, **options)
+    layer = dcd(inputs, outputs, blocks=blocks, latent_channels=latent, **options)
     network = randomise(chain(layer, norm(outputs), nn.ReLU6()), channels=inputs)
     return network, [image(2, inputs, *size, seed=i) for i, size in enumerate(SIZES)]
 
@@ -67,14 +63,14 @@ def test_which_blocks_go_together():
 
 
 LAYERS = {
-    "3×3 at the centre": lambda: blocked(30, 42, 3, blocks=3, latent_channels=4),
-    "3×3 by Winograd": lambda: blocked(36, 42, 3, blocks=3, latent_channels=4),
-    "3×3 by Winograd, one plane a block": lambda: blocked(32, 64, 3, blocks=4, latent_channels=17),
-    "3×3, strided": lambda: blocked(30, 42, 3, blocks=2, latent_channels=17, stride=2, pool_size=2),
-    "1×1, strided": lambda: blocked(30, 42, blocks=2, latent_channels=4, stride=(2, 1)),
-    "1×1, padded": lambda: blocked(30, 42, blocks=6, latent_channels=2, padding=(1, 2)),
-    "5×1, dilated": lambda: blocked(30, 42, (5, 1), blocks=2, latent_channels=3, dilation=2, padding=(4, 1)),
-    "with a bias in the branch": lambda: blocked(
+    "3×3 at the centre": lambda: dcd(30, 42, 3, blocks=3, latent_channels=4),
+    "3×3 by Winograd": lambda: dcd(36, 42, 3, blocks=3, latent_channels=4),
+    "3×3 by Winograd, one plane a block": lambda: dcd(32, 64, 3, blocks=4, latent_channels=17),
+    "3×3, strided": lambda: dcd(30, 42, 3, blocks=2, latent_channels=17, stride=2, pool_size=2),
+    "1×1, strided": lambda: dcd(30, 42, blocks=2, latent_channels=4, stride=(2, 1)),
+    "1×1, padded": lambda: dcd(30, 42, blocks=6, latent_channels=2, padding=(1, 2)),
+    "5×1, dilated": lambda: dcd(30, 42, (5, 1), blocks=2, latent_channels=3, dilation=2, padding=(4, 1)),
+    "with a bias in the branch": lambda: dcd(
         30, 42, blocks=6, latent_channels=2, branch_bias=True, activation="silu"
     ),
     "joint": lambda: joint(30, 42, 3, latent_channels=5),
@@ -114,11 +110,11 @@ def test_sums_and_pooling():
     """What other dense layers take in: a skip, an activation, the means for the next branch."""
     network = Net(
         lambda s, x: s.c(torch.relu(s.n(s.b(torch.relu(s.a(x)))) + s.d(x))),
-        a=blocked(6, 28, blocks=2, latent_channels=3),
+        a=dcd(6, 28, blocks=2, latent_channels=3),
         b=joint(28, 36, 3, latent_channels=3),
         n=norm(36),
         d=conv(6, 36),
-        c=blocked(36, 28, blocks=4, latent_channels=2, pool_size=2),
+        c=dcd(36, 28, blocks=4, latent_channels=2, pool_size=2),
     )
     twin = Twin(randomise(network, channels=6))
     twin.run(image(2, 6, 17, 20), image(1, 6, 8, 9), isas=ISAS)
@@ -137,7 +133,7 @@ def test_linear_layers(blocks):
 
 def test_blocks_do_not_touch_each_other():
     """With Φ of one block alone, outputs of the others are those of the static layer."""
-    layer = blocked(40, 56, blocks=2, latent_channels=5, channel_attention=False, bias=False)
+    layer = dcd(40, 56, blocks=2, latent_channels=5, channel_attention=False, bias=False)
     layer.branch.expand.weight.data[: 5 * 5] = 0
     optimised = dcd_kernels.optimize_for_inference(layer.eval())
     for size in SIZES:
@@ -149,7 +145,7 @@ def test_blocks_do_not_touch_each_other():
 
 def test_report_says_what_runs():
     network = chain(
-        blocked(3, 30, blocks=3, latent_channels=2),
+        dcd(3, 30, blocks=3, latent_channels=2),
         joint(30, 20, 3, latent_channels=2),
         dcd(20, 6, latent_channels=2),
     )
@@ -166,9 +162,9 @@ def test_report_says_what_runs():
 def test_edits_are_seen():
     """Each of P, Q, R, W0 and the branch's layers is packed again, wherever it lies among zeros."""
     network = chain(
-        blocked(3, 60, blocks=3, latent_channels=2),
+        dcd(3, 60, blocks=3, latent_channels=2),
         joint(60, 20, 3, latent_channels=2),
-        blocked(20, 40, blocks=10, latent_channels=2),
+        dcd(20, 40, blocks=10, latent_channels=2),
     )
     optimised = dcd_kernels.optimize_for_inference(randomise(network, channels=None))
     x = image(2, 3, 12, 11)
