@@ -176,15 +176,15 @@ class Layer:
         # in the order in which they are read
         packed = {} if self.branch is None else self.branch.pack(narrow)
         narrow = narrow and not depthwise
-        packed |= {
-            "weight": weights(self.weight, narrow, self.run),
-            "bias": _vector(self.bias),
-            "static_bias": _vector(self.static_bias),
-        }
         if self.p is not None:
             p, q = (side_by_side(matrix, self.blocks) for matrix in (self.p, self.q))
             packed |= {"p": weights(p, narrow), "q": weights(q.T, narrow), "r": self.r}
             packed["latent_bias"] = _vector(self.latent_bias)
+        packed |= {
+            "static_bias": _vector(self.static_bias),
+            "bias": _vector(self.bias),
+            "weight": weights(self.weight, narrow, self.run),
+        }
         return {name: tensor for name, tensor in packed.items() if tensor is not None}
 
 

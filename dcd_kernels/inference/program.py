@@ -73,9 +73,10 @@ def _stages(steps: list[Step]) -> list[int]:
 class _Life:
     """From which step to which a value is needed."""
 
+    value: Value
     first: int
     last: int
-    shared: bool
+    shared: bool = False
 
 
 def _lives(steps: list[Step], stages: list[int]) -> dict[int, _Life]:
@@ -89,7 +90,7 @@ def _lives(steps: list[Step], stages: list[int]) -> dict[int, _Life]:
     ends: dict[int, set[int]] = {}
     for i, step in enumerate(steps):
         for value in step.values():
-            life = lives.setdefault(id(value), _Life(i, i, False))
+            life = lives.setdefault(id(value), _Life(value, i, i))
             life.first, life.last = min(life.first, i), max(life.last, at[i])
             ends.setdefault(id(value), set()).add(stages[at[i]])
     # more than one step in a stage: every sample goes through all of them before the next one
@@ -103,14 +104,28 @@ def _lives(steps: list[Step], stages: list[int]) -> dict[int, _Life]:
     return lives
 
 
+def _size(value: Value) -> int:
+    """Numbers of a sample, were the network's input of the usual size."""
+    return padded(value.channels) * ((224 // value.scale) ** 2 if value.image else 1)
+
+
 def _slots(lives: dict[int, _Life]) -> tuple[dict[int, int], int]:
-    """A slot for each value: values whose lives do not meet may have the same one."""
-    ends: list[tuple[int, bool]] = []
+    """A slot for each value: values whose lives do not meet may have the same one.
+
+    Of the free ones it is the one that has to grow least, then the one that fits best. Vectors have slots of
+    their own, as one of them would keep a place that is as large as an image.
+    """
+    ends: list[_Life] = []
+    sizes: list[int] = []
     chosen = {}
     for key, life in sorted(lives.items(), key=lambda item: item[1].first):
-        free = [i for i, (end, shared) in enumerate(ends) if end < life.first and shared == life.shared]
-        slot = free[0] if free else len(ends)
-        ends[slot : slot + 1] = [(life.last, life.shared)]
+        size, kind = _size(life.value), (life.shared, life.value.image)
+        free = [
+            i for i, old in enumerate(ends) if old.last < life.first and (old.shared, old.value.image) == kind
+        ]
+        slot = min(free, key=lambda i: (max(sizes[i], size) - sizes[i], sizes[i]), default=len(ends))
+        sizes[slot : slot + 1] = [max([size, *sizes[slot : slot + 1]])]
+        ends[slot : slot + 1] = [life]
         chosen[key] = slot
     return chosen, len(ends)
 

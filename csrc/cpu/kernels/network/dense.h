@@ -7,151 +7,9 @@
 // (Eq. 9) is a convolution of the latent, whose filters are sums of R Phi.
 #pragma once
 
-#include "frame.h"
+#include "synthesis.h"
 
 namespace dcd::DCD_ISA::net {
-
-// Multiply-adds that the dynamic residual adds to one sample; whole vectors of the latent are computed.
-// A synthesised weight is loaded and stored besides, which was measured to cost half as much again. In bf16
-// rows are synthesised in pairs, none of which may be of two blocks.
-static inline bool synthesis_pays(const NetworkStep& s, int64_t pixels, bool narrow) {
-    const int64_t wide = planes_of(s.latent) * kBlock, taps = s.kernel_h * s.kernel_w;
-    const bool split = narrow && s.blocks > 1 && s.in_channels / s.blocks % 2;
-    return taps == 1 && !s.latent_kernel && !split &&
-           3 * s.out_channels * (s.in_channels / s.blocks * (s.latent + s.blocks) + s.latent * s.latent) <
-               2 * pixels * (s.in_channels * wide + s.blocks * s.latent * wide + s.latent * s.out_channels);
-}
-
-// The blocks of the residual that planes [plane, plane + planes) of the output belong to.
-struct Blocks {
-    int64_t first, last;
-    Blocks(int64_t plane, int64_t planes, int64_t out_channels, int64_t blocks) {
-        const int64_t rows = out_channels / blocks;
-        first = plane * kBlock / rows;
-        last = (smaller((plane + planes) * kBlock, out_channels) - 1) / rows;
-    }
-};
-
-// [planes, rows, 16]: the matrix of `rows` rows that W_n, or a filter of a depthwise layer, is for one
-// sample: lam fixed + left Phi^T P^T. left [blocks, planes L, rows, 16], fixed [planes, rows, 16], p [planes,
-// latents of all blocks, 16]; or pairs of rows and of latents, each of one block.
-template <class W>
-struct Synthesis {
-    const W *left, *fixed, *p;
-    int64_t rows, latent;
-    const float *lam, *phi;  // [planes, 16] or null; [blocks, planes L (row), L (column), 16 (row)]
-    int64_t out_channels, blocks, p_plane;
-
-    int64_t depth() const { return depth_of(rows, kIsNarrow<W>); }
-    static int64_t scratch_size(int64_t latent, int64_t rows, int64_t planes) {
-        return planes * kBlock * (latent + depth_of(rows, kIsNarrow<W>) + 1);
-    }
-};
-
-// fused [planes, L, 16] = P Phi of one block
-template <class S, class W>
-static void fuse(const Synthesis<W>& s, int64_t block, int64_t plane, int64_t planes, float* fused) {
-    const int64_t none = 0, wide = planes_of(s.latent) * kBlock;
-    Product<W> fuse;
-    fuse.taps = &none, fuse.tap_count = 1, fuse.channels = s.latent;
-    fuse.weight = s.p + plane * s.p_plane + depth_of(block * wide, kIsNarrow<W>) * kBlock;
-    fuse.weight_plane = s.p_plane;
-    fuse.input_plane = s.latent * kBlock, fuse.output_plane = s.latent * kBlock;
-    product_rows<S, Types<float, W, float>>(
-        fuse, 0, planes, {s.phi + block * wide * s.latent, nullptr, nullptr, fused}, {}, s.latent, 0, 1);
-}
-
-// For planes [plane, plane + planes): `to` gets the rows; `fused` [planes, L, 16] the product P Phi, of the
-// last block. Each row is of one block; those of others than these planes' are lam fixed alone.
-template <class S>
-static void synthesise(const Synthesis<float>& s, int64_t plane, int64_t planes, float* fused, float* to) {
-    using Floats = Types<float, float, float>;
-    const int64_t none = 0, wide = planes_of(s.latent) * kBlock, rows = s.rows / s.blocks;
-    const Blocks blocks(plane, planes, s.out_channels, s.blocks);
-    const float* fixed = s.fixed + plane * s.rows * kBlock;
-    Product<float> sum;
-    sum.taps = &none, sum.tap_count = 1, sum.channels = s.latent;
-    sum.weight = fused, sum.weight_plane = s.latent * kBlock;
-    sum.input_plane = sum.skip_plane = sum.output_plane = s.rows * kBlock;
-    sum.skip_scale = s.lam ? s.lam + plane * kBlock : nullptr;
-    for (int64_t block = blocks.first; block <= blocks.last; ++block) {
-        const int64_t row = block * rows * kBlock;
-        fuse<S>(s, block, plane, planes, fused);
-        product_rows<S, Floats>(sum, 0, planes,
-                                {s.left + block * wide * s.rows + row, nullptr, fixed + row, to + row}, {},
-                                rows, 0, 1);
-    }
-    sum.channels = 0;
-    const auto without = [&](int64_t begin, int64_t end) {
-        const int64_t row = begin * kBlock;
-        product_rows<S, Floats>(sum, 0, planes, {s.left, nullptr, fixed + row, to + row}, {}, end - begin, 0,
-                                1);
-    };
-    without(0, blocks.first * rows), without((blocks.last + 1) * rows, s.rows);
-}
-
-// Pairs of rows, each summed in fp32 and rounded once; `latent` is 0 for those of other blocks.
-template <class S, int PAIRS>
-static void synthesise_pairs(const Synthesis<Pair>& s, int64_t latent, const float* lam, const Pair* left,
-                             const Pair* fixed, const float* fused, Pair* to) {
-    using V = typename S::Vec;
-    constexpr int W = S::kLanes, VECTORS = TileLimits<S>::kVectors;
-    V sums[PAIRS][2][VECTORS];
-#pragma GCC unroll 8
-    for (int i = 0; i < PAIRS; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) {
-            const Pair* w = fixed + i * kBlock + v * W;
-            const V scale = lam ? S::load(lam + v * W) : S::set1(1);
-            sums[i][0][v] = S::mul(scale, S::firsts(w)), sums[i][1][v] = S::mul(scale, S::seconds(w));
-        }
-    for (int64_t l = 0; l < latent; ++l) {
-        V weight[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) weight[v] = S::load(fused + l * kBlock + v * W);
-        const Pair* column = left + l / kBlock * s.depth() * kBlock + l % kBlock;
-#pragma GCC unroll 8
-        for (int i = 0; i < PAIRS; ++i) {
-            const V first = S::set_first(column + i * kBlock), second = S::set_second(column + i * kBlock);
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) {
-                sums[i][0][v] = S::fma(first, weight[v], sums[i][0][v]);
-                sums[i][1][v] = S::fma(second, weight[v], sums[i][1][v]);
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < PAIRS; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v)
-            S::store_pairs(to + i * kBlock + v * W, sums[i][0][v], sums[i][1][v]);
-}
-
-template <class S>
-static void synthesise(const Synthesis<Pair>& s, int64_t plane, int64_t planes, float* fused, Pair* to) {
-    constexpr int kPairs = S::kRegisters == 32 ? 8 : 4 / TileLimits<S>::kVectors;
-    const int64_t depth = s.depth(), latents = planes_of(s.latent) * depth * kBlock;
-    const Blocks blocks(plane, planes, s.out_channels, s.blocks);
-    const auto begin_of = [&](int64_t block) { return block * depth / s.blocks; };
-    const auto pairs = [&](int64_t block, int64_t latent, int64_t begin, int64_t end) {
-        for (int64_t c = 0; c < planes; ++c) {
-            const float* lam = s.lam ? s.lam + (plane + c) * kBlock : nullptr;
-            const Pair* fixed = s.fixed + (plane + c) * depth * kBlock;
-            const auto run = [&](auto tile, int64_t i) {
-                tile(s, latent, lam, s.left + block * latents + i * kBlock, fixed + i * kBlock,
-                     fused + c * s.latent * kBlock, to + (c * depth + i) * kBlock);
-            };
-            int64_t i = begin;
-            for (; i + kPairs <= end; i += kPairs) run(&synthesise_pairs<S, kPairs>, i);
-            for (; i < end; ++i) run(&synthesise_pairs<S, 1>, i);
-        }
-    };
-    for (int64_t block = blocks.first; block <= blocks.last; ++block) {
-        fuse<S>(s, block, plane, planes, fused);
-        pairs(block, s.latent, begin_of(block), begin_of(block + 1));
-    }
-    pairs(0, 0, 0, begin_of(blocks.first)), pairs(0, 0, begin_of(blocks.last + 1), depth);
-}
 
 // One dense step on one sample. Made once; then any planes of any rows, from any thread.
 template <class S>
@@ -270,9 +128,10 @@ class Dense {
         return product;
     }
 
-    // Rows [y0, y1) of these planes into `to`, whose row 0 and first plane it is.
+    // Rows [y0, y1) of these planes into `to`, whose row 0 and first plane it is; their sums are added to
+    // `sums` [planes, 16] unless that is null.
     void rows(Product<W>& product, int64_t plane, int64_t planes, int64_t y0, int64_t y1, const Image<T>& to,
-              const T* skip, int64_t skip_plane, int64_t skip_row) const {
+              const T* skip, int64_t skip_plane, int64_t skip_row, float* sums = nullptr) const {
         product.output_plane = to.plane, product.skip_plane = skip_plane;
         const int64_t width = size_.width;
         const T* latent = this->latent(plane, planes);
@@ -282,11 +141,11 @@ class Dense {
             const int64_t begin = y0 * width, pixels = (y1 - y0) * width;
             product_rows<S>(product, plane, planes,
                             {x_.data + begin * kBlock, latent ? latent + begin * kBlock : nullptr,
-                             skip ? skip + begin * kBlock : nullptr, to.data + begin * kBlock},
+                             skip ? skip + begin * kBlock : nullptr, to.data + begin * kBlock, sums},
                             {}, pixels, 0, 1);
             return;
         }
-        product_rows<S>(product, plane, planes, {x_.data, latent, skip, to.data},
+        product_rows<S>(product, plane, planes, {x_.data, latent, skip, to.data, sums},
                         {step_.stride_h * x_.row, width * kBlock, skip_row, to.row}, width, y0, y1);
     }
 
@@ -429,8 +288,9 @@ struct Shares {
     }
 };
 
+// True: the means of the output, if it has any, came with it.
 template <class S>
-static void dense(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+static bool dense(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
     using T = Stored<S>;
     const Dense<S> work(frame, s, sample);
     const Image<T> to = frame.image(s.output, sample);
@@ -438,6 +298,8 @@ static void dense(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t s
     const int64_t planes = planes_of(s.out_channels);
     const Shares shares(planes, TileLimits<S>::kPlanes, to.height, frame.runtime.threads);
     const int64_t groups = (planes + shares.planes - 1) / shares.planes;
+    const bool pools = s.bins == 1 && shares.parts == 1;
+    float* pooled = pools ? frame.vector(s.pooled, sample) : nullptr;
     frame.clear_halo(s.output, sample);
     parallel(frame.runtime, groups * shares.parts, [&](int64_t task) {
         const int64_t plane = task / shares.parts * shares.planes, part = task % shares.parts;
@@ -447,10 +309,15 @@ static void dense(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t s
         Product<Weight<S>> product = work.open(plane, count, memory);
         Image<T> image = to;
         image.data += plane * to.plane;
+        float* means = pooled ? pooled + plane * kBlock : nullptr;
+        if (means) Frame<float>::fill(means, count * kBlock);
         work.rows(product, plane, count, part * to.height / shares.parts,
                   (part + 1) * to.height / shares.parts, image,
-                  skip.data ? skip.data + plane * skip.plane : nullptr, skip.plane, skip.row);
+                  skip.data ? skip.data + plane * skip.plane : nullptr, skip.plane, skip.row, means);
+        if (means)
+            for (int64_t i = 0; i < count * kBlock; ++i) means[i] /= static_cast<float>(to.height * to.width);
     });
+    return pools;
 }
 
 }  // namespace dcd::DCD_ISA::net

@@ -152,8 +152,9 @@ class Ring {
     int64_t next_ = 0;
 };
 
+// True: the means of the output, if it has any, came with it.
 template <class S>
-static void depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+static bool depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
     using T = Stored<S>;
     const NetworkStep* producer = s.producer < 0 ? nullptr : &frame.call.program.steps[s.producer];
     std::optional<Dense<S>> dense;
@@ -181,7 +182,7 @@ static void depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64
         s.out_channels,
         1,
         s.latent * kBlock};
-    float* pooled = frame.vector(s.pooled, sample);
+    float* pooled = s.bins == 1 ? frame.vector(s.pooled, sample) : nullptr;
     frame.clear_halo(s.output, sample);
     parallel(frame.runtime, (planes + at_once - 1) / at_once, [&](int64_t task) {
         const int64_t plane = task * at_once, count = smaller(at_once, planes - plane);
@@ -241,6 +242,7 @@ static void depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64
         if (sums)
             for (int64_t i = 0; i < count * kBlock; ++i) sums[i] /= static_cast<float>(to.height * to.width);
     });
+    return s.bins == 1;
 }
 
 }  // namespace dcd::DCD_ISA::net

@@ -14,10 +14,13 @@
 namespace dcd::DCD_ISA::net {
 
 template <class S>
-static void dense_or_winograd(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
+static bool dense_or_winograd(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t sample) {
     if constexpr (std::is_same_v<Stored<S>, typename S::Scalar>)  // in bf16 there are no Winograd steps
-        if (s.winograd) return winograd<S>(frame, s, sample);
-    dense<S>(frame, s, sample);
+        if (s.winograd) {
+            winograd<S>(frame, s, sample);
+            return false;
+        }
+    return dense<S>(frame, s, sample);
 }
 
 // One step, for samples [n0, n1) of the frame.
@@ -26,15 +29,16 @@ static void step(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t n0
     if (s.kind == kLinear) return linear<S>(frame, s, n0, n1 - n0);
     if (s.kind == kBranch) return branch<S>(frame, s, n0, n1 - n0);
     for (int64_t n = n0; n < n1; ++n) {
+        bool pooled = false;
         switch (s.kind) {
             case kStem:
                 stem<S>(frame, s, n);
                 break;
             case kDense:
-                dense_or_winograd<S>(frame, s, n);
+                pooled = dense_or_winograd<S>(frame, s, n);
                 break;
             case kDepthwise:
-                depthwise<S>(frame, s, n);  // its means come with it where there is one region
+                pooled = depthwise<S>(frame, s, n);
                 break;
             case kMaxPool:
                 max_pool<S>(frame, s, n);
@@ -51,7 +55,7 @@ static void step(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t n0
             default:
                 break;
         }
-        if (s.pooled >= 0 && !(s.kind == kDepthwise && s.bins == 1))
+        if (s.pooled >= 0 && !pooled)
             pool<S>(frame.image(s.kind == kPool ? s.input : s.output, n), planes_of(s.out_channels), s.bins,
                     frame.vector(s.pooled, n));
     }

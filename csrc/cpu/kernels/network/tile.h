@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The inner loop of a network's dense layers: some pixels x one or two planes of channels, held in registers,
-//   y = act(lam (sum over taps W x + static_bias) + P t + bias + skip_scale skip).
+//   y = act(lam (sum over taps W x + static_bias) + P t + bias + skip).
 // The distance of neighbouring pixels is known when this is compiled, so that a row of them has one address.
 #pragma once
 
@@ -23,13 +23,12 @@ struct Product {
     const int64_t* taps = nullptr;  // where each tap reads, from a pixel's first one
     int64_t tap_count = 0, channels = 0;
     int64_t input_plane = 0, pixel = kBlock;  // distance of planes, and of what neighbouring outputs read
-    const float* static_bias = nullptr;       // [planes Co, 16] or null, as are lam, bias and skip_scale
+    const float* static_bias = nullptr;       // [planes Co, 16] or null, as are lam and bias
     const float* lam = nullptr;
     // The dynamic part: p [planes Co, L, 16], or pairs; the mixed latent [planes L, pixels, 16]
     const W* p = nullptr;
     int64_t p_plane = 0, latent = 0, latent_plane = 0;
     const float* bias = nullptr;
-    const float* skip_scale = nullptr;
     int64_t skip_plane = 0, output_plane = 0;
     int activation = kNone;
 };
@@ -41,6 +40,7 @@ struct Places {
     const typename TYPES::In* latent;
     const typename TYPES::Out* skip;
     typename TYPES::Out* output;
+    float* sums = nullptr;  // [planes, 16], gets the sums over the tile's pixels added, or null
 };
 
 template <class S>
@@ -170,17 +170,6 @@ struct Tile {
         if (channels) multiply<STRIDE>(acc, x, pixel, w, weight_plane, channels);
     }
 
-    // Where weights are synthesised the skip is W, which nothing has read yet, and the sums are short.
-    __attribute__((always_inline)) static inline void fetch_skip(const Product<Weights>& s,
-                                                                 const Places<TYPES>& at) {
-        constexpr int64_t kReach = 4 * 1024 / sizeof(*at.skip);
-#pragma GCC unroll 16
-        for (int i = 0; i < PIXELS; ++i)
-#pragma GCC unroll 2
-            for (int j = 0; j < PLANES; ++j)
-                __builtin_prefetch(at.skip + j * s.skip_plane + i * kBlock + kReach, 0, 3);
-    }
-
     template <class F>
     __attribute__((always_inline)) static inline void each(V (&acc)[PIXELS][ALL], const F& f) {
 #pragma GCC unroll 16
@@ -199,7 +188,6 @@ struct Tile {
         } else {
             each(acc, [](V, int, int) { return S::zero(); });
         }
-        if (s.skip_scale) fetch_skip(s, at);
         const Weights* w = s.weight + plane * s.weight_plane;
         for (int64_t t = 0; t < s.tap_count; ++t)
             planes<STEP>(acc, at.input + s.taps[t], s.input_plane, s.pixel, w, s.weight_plane, s.channels);
@@ -218,15 +206,10 @@ struct Tile {
             each(acc, [&](V a, int, int j) { return S::add(a, S::load(bias + j * W)); });
         }
         if (at.skip) {
-            const auto skip = [&](int i, int j) {
-                return S::load(at.skip + (j / VECTORS) * s.skip_plane + i * kBlock + (j % VECTORS) * W);
-            };
-            if (s.skip_scale) {
-                const float* scale = s.skip_scale + plane * kBlock;
-                each(acc, [&](V a, int i, int j) { return S::fma(S::load(scale + j * W), skip(i, j), a); });
-            } else {
-                each(acc, [&](V a, int i, int j) { return S::add(a, skip(i, j)); });
-            }
+            each(acc, [&](V a, int i, int j) {
+                return S::add(
+                    a, S::load(at.skip + (j / VECTORS) * s.skip_plane + i * kBlock + (j % VECTORS) * W));
+            });
         }
         float low, high;
         if (is_clamp(s.activation, low, high)) {
@@ -236,6 +219,14 @@ struct Tile {
         } else {
             each(acc, [&](V a, int, int) { return activate<S>(a, s.activation); });
         }
+        if (at.sums)
+#pragma GCC unroll 8
+            for (int j = 0; j < ALL; ++j) {
+                V total = acc[0][j];  // of the tile first: less is rounded
+#pragma GCC unroll 16
+                for (int i = 1; i < PIXELS; ++i) total = S::add(total, acc[i][j]);
+                S::store(at.sums + j * W, S::add(S::load(at.sums + j * W), total));
+            }
 #pragma GCC unroll 16
         for (int i = 0; i < PIXELS; ++i)
 #pragma GCC unroll 8
@@ -297,7 +288,7 @@ static void product_rows(const Product<typename TYPES::W>& s, int64_t plane, int
                            {at.input ? at.input + y * rows.input + x * s.pixel : nullptr,
                             at.latent ? at.latent + y * rows.latent + x * kBlock : nullptr,
                             at.skip ? at.skip + y * rows.skip + x * kBlock : nullptr,
-                            at.output + y * rows.output + x * kBlock});
+                            at.output + y * rows.output + x * kBlock, at.sums});
         }
 }
 
