@@ -106,6 +106,18 @@ def test_same_bits(call):
             assert torch.equal(call()[0], call()[0])
 
 
+def test_slots(call):
+    kinds, uses = {}, {}
+    for number in range(call.counts[0]):
+        slot, vector = (int(call.program[call.value(number, name)]) for name in ("slot", "vector"))
+        if slot >= 0:
+            kinds.setdefault(slot, set()).add(vector)
+            uses[slot] = uses.get(slot, 0) + 1
+    assert set(kinds) == set(range(call.counts[2]))
+    assert all(len(kind) == 1 for kind in kinds.values()), "a vector keeps a place as large as an image"
+    assert sorted({next(iter(kinds[slot])) for slot, count in uses.items() if count > 1}) == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "bad"),
     {
