@@ -66,7 +66,12 @@ struct SynthesisPlaces {
     const float* fused;  // [planes, L, 16]
     W* to;
     int64_t depth, latent;  // latent: 0 for rows of other blocks
+    int64_t ahead;          // where `fixed` is fetched, from where it is read
 };
+
+// Rows that are fetched before they are needed: the sums are short, and nothing has read `fixed` before, nor,
+// for the first planes, `left`.
+constexpr int64_t kAhead = 64;
 
 // ROWS rows, or pairs of rows, each summed in fp32 and rounded once.
 template <class S, class WEIGHT, int ROWS, int PLANES>
@@ -88,11 +93,9 @@ struct SynthesisTile {
         else
             return S::set1(*p);
     }
-    // The sums are short, and nothing has read `fixed` before, nor, for the first planes, `left`.
     __attribute__((always_inline)) static inline void fetch(const WEIGHT* rows) {
-        constexpr int64_t kReach = 4 * 1024 / sizeof(*rows);
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) __builtin_prefetch(rows + i * kBlock + kReach, 0, 3);
+        for (int i = 0; i < ROWS; ++i) __builtin_prefetch(rows + i * kBlock, 0, 3);
     }
 
     static void run(const SynthesisPlaces<WEIGHT>& s) {
@@ -100,7 +103,7 @@ struct SynthesisTile {
         const auto at = [](int j, int64_t size) { return (j / VECTORS) * size + (j % VECTORS) * W; };
         V sums[ROWS][PARTS][ALL];
 #pragma GCC unroll 2
-        for (int c = 0; c < PLANES; ++c) fetch(s.fixed + c * plane);
+        for (int c = 0; c < PLANES; ++c) fetch(s.fixed + s.ahead + c * plane);
 #pragma GCC unroll 8
         for (auto& row : sums)
 #pragma GCC unroll 2
@@ -109,7 +112,7 @@ struct SynthesisTile {
                 for (V& sum : part) sum = S::zero();
         const WEIGHT* left = s.left;
         for (int64_t l = 0; l < s.latent; l += kBlock, left += plane) {
-            fetch(left);
+            fetch(left + kAhead * kBlock);
             const float* fused = s.fused + l * kBlock;
             const int64_t count = smaller(kBlock, s.latent - l);
             for (int64_t k = 0; k < count; ++k, fused += kBlock) {
@@ -157,6 +160,12 @@ static void synthesise_rows(const SynthesisPlaces<W>& places, int64_t begin, int
         const int64_t row = begin + t * rows / tiles, next = begin + (t + 1) * rows / tiles;
         SynthesisPlaces<W> own = places;
         own.left += row * kBlock, own.fixed += row * kBlock, own.to += row * kBlock;
+        // behind the last row come the next planes
+        const int64_t depth = own.depth;
+        own.ahead = (depth <= kAhead        ? PLANES * depth
+                     : row + kAhead < depth ? kAhead
+                                            : kAhead + (PLANES - 1) * depth) *
+                    kBlock;
         kRun[next - row - 1](own);
     }
 }
@@ -180,7 +189,8 @@ static void synthesise(const Synthesis<W>& s, int64_t plane, int64_t planes, flo
                                             fused + c * s.latent * kBlock,
                                             to + c * depth * kBlock,
                                             depth,
-                                            latent};
+                                            latent,
+                                            0};
             if (planes - c >= kPlanes)
                 synthesise_rows<S, kPlanes>(places, begin, end, Counts{});
             else
