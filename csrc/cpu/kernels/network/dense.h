@@ -123,7 +123,7 @@ class Dense {
             product.bias = from_zero(bias, kBlock);
         }
         product.weight = from_zero(weight, depth * kBlock);
-        product.weight_plane = depth * kBlock;
+        product.weight_plane = depth * kBlock, product.near = true;
         product.lam = product.static_bias = nullptr;
         return product;
     }
@@ -278,6 +278,31 @@ class Dense {
     const T* latent_ = nullptr;
 };
 
+// The weights of the branch behind a step, and the first ones of the branch's layer. A branch does nothing
+// but read them, so that it waits for whatever is not near yet; this step computes, and fetches them
+// meanwhile.
+template <class W>
+struct Coming {
+    const W *begin = nullptr, *end = nullptr;
+
+    template <class T>
+    Coming(const Frame<T>& frame, const NetworkStep& s) {
+        const NetworkProgram& program = frame.call.program;
+        const NetworkStep& branch = *(&s + 1);
+        if (&branch == program.steps + program.step_count || branch.kind != kBranch) return;
+        constexpr int64_t kBehind = 96 * 1024 / sizeof(W);
+        begin = frame.weight(branch.squeeze);
+        end = frame.weight(branch.expand) +
+              planes_of(branch.out_channels) * depth_of(branch.hidden, kIsNarrow<W>) * kBlock + kBehind;
+    }
+    // A task's part of them.
+    void share(Product<W>& product, int64_t task, int64_t tasks) const {
+        const int64_t lines = (end - begin) / kBlock;
+        product.coming = begin + task * lines / tasks * kBlock;
+        product.coming_end = begin + (task + 1) * lines / tasks * kBlock;
+    }
+};
+
 // How a step's work is shared out: as many parts of its planes as there are threads, and where there are
 // too few planes for that, parts of its rows.
 struct Shares {
@@ -298,6 +323,7 @@ static bool dense(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t s
     const int64_t planes = planes_of(s.out_channels);
     const Shares shares(planes, TileLimits<S>::kPlanes, to.height, frame.runtime.threads);
     const int64_t groups = (planes + shares.planes - 1) / shares.planes;
+    const Coming<Weight<S>> coming(frame, s);
     const bool pools = s.bins == 1 && shares.parts == 1;
     float* pooled = pools ? frame.vector(s.pooled, sample) : nullptr;
     frame.clear_halo(s.output, sample);
@@ -309,6 +335,7 @@ static bool dense(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t s
         Product<Weight<S>> product = work.open(plane, count, memory);
         Image<T> image = to;
         image.data += plane * to.plane;
+        coming.share(product, task, groups * shares.parts);
         float* means = pooled ? pooled + plane * kBlock : nullptr;
         if (means) Frame<float>::fill(means, count * kBlock);
         work.rows(product, plane, count, part * to.height / shares.parts,

@@ -183,6 +183,7 @@ static bool depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64
         1,
         s.latent * kBlock};
     float* pooled = s.bins == 1 ? frame.vector(s.pooled, sample) : nullptr;
+    const Coming<Weight<S>> coming(frame, s);
     frame.clear_halo(s.output, sample);
     parallel(frame.runtime, (planes + at_once - 1) / at_once, [&](int64_t task) {
         const int64_t plane = task * at_once, count = smaller(at_once, planes - plane);
@@ -208,7 +209,10 @@ static bool depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64
             weight = own;
         }
         Product<Weight<S>> product;
-        if (dense) product = dense->open(plane, count, rest);
+        if (dense) {
+            product = dense->open(plane, count, rest);
+            coming.share(product, task, (planes + at_once - 1) / at_once);
+        }
         const auto produce = [&](int64_t y, Image<T> row) {
             row.data -= y * row.row;  // the streamed step counts its rows itself
             if (dense) {

@@ -31,6 +31,10 @@ struct Product {
     const float* bias = nullptr;
     int64_t skip_plane = 0, output_plane = 0;
     int activation = kNone;
+    // What another step will read is fetched by the prefetches of all tiles but the first, for which the
+    // weights themselves are.
+    const W *coming = nullptr, *coming_end = nullptr;
+    bool near = false;  // the weights have been read
 };
 
 // Where one tile reads and writes: its first pixel, the first of its planes.
@@ -41,7 +45,11 @@ struct Places {
     const typename TYPES::Out* skip;
     typename TYPES::Out* output;
     float* sums = nullptr;  // [planes, 16], gets the sums over the tile's pixels added, or null
+    int64_t reach = 0;      // where to prefetch, from the weights that are being read
 };
+
+// Bytes of weights that are fetched before they are needed.
+constexpr int64_t kReach = 8 * 1024;
 
 template <class S>
 struct TileLimits {
@@ -70,17 +78,18 @@ struct Tile {
     template <int STRIDE>
     __attribute__((always_inline)) static inline void multiply(V (&acc)[PIXELS][ALL], const In* x,
                                                                int64_t pixel, const Weights*& w,
-                                                               int64_t weight_plane, int64_t count) {
+                                                               int64_t weight_plane, int64_t count,
+                                                               int64_t reach) {
         const int64_t step = STRIDE ? STRIDE : pixel;
         if constexpr (kIsNarrow<Weights>) {
             for (; count > 1; count -= 2, x += 2, w += kBlock) {
-                fetch<STRIDE>(w, weight_plane);
+                fetch<STRIDE>(w, weight_plane, reach);
                 multiply_pair(acc, x, step, w, weight_plane);
             }
             if (count) multiply_last(acc, x, step, w, weight_plane), w += kBlock;
         } else {
             for (int64_t k = 0; k < count; ++k, w += kBlock) {
-                fetch<STRIDE>(w, weight_plane);
+                fetch<STRIDE>(w, weight_plane, reach);
                 V weight[ALL];
 #pragma GCC unroll 8
                 for (int j = 0; j < ALL; ++j)
@@ -96,11 +105,11 @@ struct Tile {
     }
 
     template <int STRIDE>
-    __attribute__((always_inline)) static inline void fetch(const Weights* w, int64_t weight_plane) {
-        constexpr int64_t kReach = 8 * 1024 / sizeof(*w);
+    __attribute__((always_inline)) static inline void fetch(const Weights* w, int64_t weight_plane,
+                                                            int64_t reach) {
 #pragma GCC unroll 2
         for (int j = 0; STRIDE == kBlock && j < PLANES; ++j)
-            __builtin_prefetch(w + j * weight_plane + kReach, 0, 3);
+            __builtin_prefetch(w + j * weight_plane + reach, 0, 3);
     }
 
     // Two channels of every pixel.
@@ -164,10 +173,10 @@ struct Tile {
     __attribute__((always_inline)) static inline void planes(V (&acc)[PIXELS][ALL], const In* x,
                                                              int64_t input_plane, int64_t pixel,
                                                              const Weights*& w, int64_t weight_plane,
-                                                             int64_t channels) {
+                                                             int64_t channels, int64_t reach) {
         for (; channels >= kBlock; channels -= kBlock, x += input_plane)
-            multiply<STRIDE>(acc, x, pixel, w, weight_plane, kBlock);
-        if (channels) multiply<STRIDE>(acc, x, pixel, w, weight_plane, channels);
+            multiply<STRIDE>(acc, x, pixel, w, weight_plane, kBlock, reach);
+        if (channels) multiply<STRIDE>(acc, x, pixel, w, weight_plane, channels, reach);
     }
 
     template <class F>
@@ -190,7 +199,8 @@ struct Tile {
         }
         const Weights* w = s.weight + plane * s.weight_plane;
         for (int64_t t = 0; t < s.tap_count; ++t)
-            planes<STEP>(acc, at.input + s.taps[t], s.input_plane, s.pixel, w, s.weight_plane, s.channels);
+            planes<STEP>(acc, at.input + s.taps[t], s.input_plane, s.pixel, w, s.weight_plane, s.channels,
+                         at.reach);
         if (s.lam) {
             V lam[ALL];
 #pragma GCC unroll 8
@@ -199,7 +209,8 @@ struct Tile {
         }
         if (s.latent) {
             const Weights* p = s.p + plane * s.p_plane;
-            planes<kBlock>(acc, at.latent, s.latent_plane, kBlock, p, s.p_plane, s.latent);
+            planes<kBlock>(acc, at.latent, s.latent_plane, kBlock, p, s.p_plane, s.latent,
+                           kReach / sizeof(Weights));
         }
         if (!plain && s.bias) {
             const float* bias = s.bias + plane * kBlock;
@@ -276,7 +287,7 @@ struct Rows {
 
 // Rows [y0, y1) of planes [plane, plane + planes) of the result, planes at most kPlanes; `at` is row 0.
 template <class S, class TYPES = Types<Stored<S>, Weight<S>, Stored<S>>>
-static void product_rows(const Product<typename TYPES::W>& s, int64_t plane, int64_t planes,
+static void product_rows(Product<typename TYPES::W>& s, int64_t plane, int64_t planes,
                          const Places<TYPES>& at, const Rows& rows, int64_t width, int64_t y0, int64_t y1) {
     constexpr int64_t kPixels = TileLimits<S>::kPixels;
     const RunTile<TYPES>* run = tiles_for<S, TYPES>(s.pixel, planes);
@@ -284,11 +295,17 @@ static void product_rows(const Product<typename TYPES::W>& s, int64_t plane, int
     for (int64_t y = y0; y < y1; ++y)
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t x = t * width / tiles, count = (t + 1) * width / tiles - x;
+            int64_t reach = kReach / sizeof(typename TYPES::W);
+            if (s.near && s.coming < s.coming_end) {
+                reach = s.coming - (s.weight + plane * s.weight_plane);
+                s.coming += planes * s.weight_plane;
+            }
+            s.near = true;
             run[count - 1](s, plane,
                            {at.input ? at.input + y * rows.input + x * s.pixel : nullptr,
                             at.latent ? at.latent + y * rows.latent + x * kBlock : nullptr,
                             at.skip ? at.skip + y * rows.skip + x * kBlock : nullptr,
-                            at.output + y * rows.output + x * kBlock, at.sums});
+                            at.output + y * rows.output + x * kBlock, at.sums, reach});
         }
 }
 
