@@ -58,7 +58,7 @@ def benchmarks_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def run_bench(options: argparse.Namespace) -> int:
+def run_bench(arguments: Sequence[str]) -> int:
     entry = benchmarks_folder() / "run.py"
     if not entry.is_file():
         print(
@@ -68,7 +68,7 @@ def run_bench(options: argparse.Namespace) -> int:
         )
         return 2
     # what `python benchmarks/run.py …` would see, so that one program serves both ways in
-    sys.argv = [str(entry), *options.arguments]
+    sys.argv = [str(entry), *arguments]
     sys.path.insert(0, str(entry.parent.parent))
     runpy.run_path(str(entry), run_name="__main__")
     return 0
@@ -122,16 +122,17 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of every random draw (default 0)")
     demo.set_defaults(run=run_demo)
 
-    bench = commands.add_parser("bench", help="run the benchmarks of a checkout", add_help=False)
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to benchmarks/run.py")
-    bench.set_defaults(run=run_bench)
+    commands.add_parser("bench", help="run the benchmarks of a checkout: `bench --help` lists them")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if given[:1] == ["bench"]:  # all that follows is for the benchmarks' own parser, --help too
+            return run_bench(given[1:])
+        options = parser().parse_args(given)
         return options.run(options)
     except BrokenPipeError:
         # the reader, `| head` say, has what it wanted; what is left in the buffer must not fail at exit again

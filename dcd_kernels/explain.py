@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import checks
+from . import arguments
 from .backends import selection
 
 _FORMS = {
@@ -31,7 +31,10 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One backend's answer to one call."""
+    """One backend's answer to one call.
+
+    ``able`` whether it runs it, ``reason`` why not, ``kernel`` what would run, in words.
+    """
 
     backend: str
     able: bool
@@ -41,7 +44,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Call:
-    """One dynamic operator that was called: what, where from, with what, and every backend's answer."""
+    """One dynamic operator that was called, and every backend's answer.
+
+    ``op`` is its form in words, ``where`` the module that called it, ``operands`` shapes and dtypes,
+    ``demanded`` the backend asked for ('auto': any), ``chosen`` the one that runs it, ``notes`` what else
+    there is to know.
+    """
 
     op: str
     where: str
@@ -208,7 +216,7 @@ def _judge(op, where, demanded, input, weight, p, phi, q, lam, geometry) -> Call
         reason = next(verdict.reason for verdict in verdicts if verdict.backend == demanded)
         notes.append(f"use_backend('{demanded}') is in force, so that this call raises: {reason}")
     dtype = input.dtype
-    if checks.autocast_enabled(input.device.type) and dtype != torch.float64:
+    if arguments.autocast_enabled(input.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
         notes.append(f"autocast: all but lam, phi and bias are converted to {_short(dtype)} first")
     note = selection.notes(chosen, dtype)

@@ -33,7 +33,7 @@ try:
 except (OSError, RuntimeError) as error:
     REASON = f"the compiled extension is not available: {error}"
     warnings.warn(
-        f"dcd_kernels: {REASON}. Everything runs on the slower PyTorch reference. {_REMEDY}",
+        f"dcd_kernels: {REASON}. Everything but pack_weight runs, on the slower PyTorch reference. {_REMEDY}",
         RuntimeWarning,
         stacklevel=2,
     )

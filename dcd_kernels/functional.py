@@ -14,13 +14,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import checks, extension, geometry, packing, reference
+from .arguments import ACTIVATIONS
 from .backends import selection
 from .packing import PackedWeight
 
 if extension.LOADED:
     from . import ops
 
-_CODES = checks.ACTIVATIONS
+_CODES = ACTIVATIONS
 
 
 def dcd_conv1d(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, extension, geometry
+from . import arguments, checks, extension, geometry
 from .backends import selection
 
 PANEL = 16  # lanes of a panel, csrc/cpu/packed.h
@@ -67,7 +67,7 @@ def pack_weight(weight: Tensor, p: Tensor | None = None, q: Tensor | None = None
         RuntimeError: the compiled extension is not available.
     """
     caller = "pack_weight"
-    checks._tensors(caller, weight=weight, p=p, q=q)
+    arguments.check_tensors(caller, weight=weight, p=p, q=q)
     if not extension.LOADED:
         raise RuntimeError(f"{caller}: {extension.REASON}")
     if weight.dtype not in _DTYPES:
@@ -88,10 +88,10 @@ def pack_weight(weight: Tensor, p: Tensor | None = None, q: Tensor | None = None
     latent = 0
     if p is not None:
         for name, factor, channels in (("p", p, out_channels), ("q", q, in_channels)):
-            checks._kind(caller, name, factor, weight.dtype, weight.device)
+            arguments.check_kind(caller, name, factor, weight.dtype, weight.device)
             wanted = p.shape[1] if p.dim() == 2 and p.shape[1] > 0 else "L"
             if factor.shape != (channels, wanted):
-                checks._fail_shape(caller, name, factor, (channels, wanted), "(channels, L)")
+                arguments.fail_shape(caller, name, factor, (channels, wanted), "(channels, L)")
         latent = p.shape[1]
     with torch.no_grad():
         data = torch.ops.dcd_kernels.pack_pointwise(weight.flatten(1), p, q)
@@ -146,7 +146,7 @@ def check(caller, input, packed, batch_first, p, phi, q, lam, bias, activation) 
             f"{geometry.show(input.shape)}"
         )
     if dtype is not packed.dtype or not input.is_cpu or input.layout is not torch.strided:
-        checks._kind(caller, "input", input, packed.dtype, packed.data.device)
+        arguments.check_kind(caller, "input", input, packed.dtype, packed.data.device, beside="PackedWeight")
     latent = packed.latent_channels
     if (phi is None) != (latent == 0):
         raise ValueError(
@@ -155,15 +155,15 @@ def check(caller, input, packed, batch_first, p, phi, q, lam, bias, activation) 
         )
     if phi is not None:
         if phi.dtype is not dtype or phi.device != device or phi.layout is not torch.strided:
-            checks._kind(caller, "phi", phi, dtype, device, True)
+            arguments.check_kind(caller, "phi", phi, dtype, device, True)
         if phi.shape != (n, latent, latent):
-            checks._fail_shape(caller, "phi", phi, (n, latent, latent), f"(batch, L, L), L of {packed}")
+            arguments.fail_shape(caller, "phi", phi, (n, latent, latent), f"(batch, L, L), L of {packed}")
     if lam is not None:
-        checks._lam(caller, lam, n, packed.out_channels, dtype, device)
+        arguments.check_lam(caller, lam, n, packed.out_channels, dtype, device)
     if bias is not None:
-        checks._bias(caller, bias, n, packed.out_channels, dtype, device)
+        arguments.check_bias(caller, bias, n, packed.out_channels, dtype, device)
     if activation is not None:
-        checks._activation(caller, activation, dtype)
+        arguments.check_activation(caller, activation, dtype)
 
 
 def check_conv(
@@ -175,7 +175,7 @@ def check_conv(
         TypeError, ValueError: as :func:`check`; rank, r or groups beside packed weights, geometry.
     """
     caller = f"dcd_conv{spatial}d"
-    checks._tensors(caller, input=input, phi=phi, lam=lam, bias=bias, residual=residual)
+    arguments.check_tensors(caller, input=input, phi=phi, lam=lam, bias=bias, residual=residual)
     if input.dim() != spatial + 2:
         raise ValueError(
             f"{caller}: input must be batched, (batch, in_channels, *spatial) with {spatial + 2} dimensions, "
@@ -183,11 +183,12 @@ def check_conv(
         )
     if r is not None or groups != 1:
         raise ValueError(
-            f"{caller}: r must be None and groups 1 beside a PackedWeight, a dense pointwise layer"
+            f"{caller}: r must be None and groups 1 beside a PackedWeight, a dense pointwise layer; got "
+            f"{'no r' if r is None else f'r of type {type(r).__name__}'} and groups={groups!r}"
         )
     check(caller, input, packed, input.shape[:2], p, phi, q, lam, bias, activation)
     if input.numel() == 0:
-        checks._extent(caller, input, packed.data, 1)
+        arguments.check_extent(caller, input, packed.data, 1)
     ones, zeros = (1,) * spatial, (0,) * spatial
     where = None
     if stride not in (1, ones) or padding not in (0, zeros) or dilation not in (1, ones):
@@ -195,7 +196,7 @@ def check_conv(
     if residual is not None:
         size = input.shape[2:] if where is None else where.output
         wanted = (input.shape[0], packed.out_channels, *size)
-        checks._residual(caller, residual, wanted, input.dtype, input.device)
+        arguments.check_residual(caller, residual, wanted, input.dtype, input.device)
     return None if where is None else checks.Plan("pointwise", where)
 
 
@@ -206,7 +207,7 @@ def check_linear(input, packed, p, phi, q, lam, bias, residual, activation) -> N
         TypeError, ValueError: as :func:`check`; an unbatched input.
     """
     caller = "dcd_linear"
-    checks._tensors(caller, input=input, phi=phi, lam=lam, bias=bias, residual=residual)
+    arguments.check_tensors(caller, input=input, phi=phi, lam=lam, bias=bias, residual=residual)
     if input.dim() < 2:
         raise ValueError(
             f"{caller}: input must be batched, (batch, …, in_channels) with at least 2 dimensions, got "
@@ -215,4 +216,4 @@ def check_linear(input, packed, p, phi, q, lam, bias, residual, activation) -> N
     check(caller, input, packed, (input.shape[0], input.shape[-1]), p, phi, q, lam, bias, activation)
     if residual is not None:
         wanted = (*input.shape[:-1], packed.out_channels)
-        checks._residual(caller, residual, wanted, input.dtype, input.device)
+        arguments.check_residual(caller, residual, wanted, input.dtype, input.device)

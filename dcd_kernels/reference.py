@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every form of dynamic convolution decomposition in plain PyTorch: the definition of right.
 
-The same signatures as the fused operators, any floating-point or complex dtype, any device, differentiable
-any number of times. All of it runs factored, ``y = λ⊙(W0 * x) + P Φ Qᵀ x``: no per-sample weight (N×Co×Ci)
-is formed, except by :func:`dcd_weight`, whose purpose that is. Equations are those of "Revisiting Dynamic
-Convolution via Matrix Decomposition" (ICLR 2021).
+The same signatures as the fused operators (without packed weights), any floating-point or complex dtype, any
+device, differentiable any number of times. All of it runs factored, ``y = λ⊙(W0 * x) + P Φ Qᵀ x``: no
+per-sample weight (N×Co×Ci) is formed, except by :func:`dcd_weight`, whose purpose that is. Equations are
+those of "Revisiting Dynamic Convolution via Matrix Decomposition" (ICLR 2021).
 
 In half precision lam, phi and bias may be float32: the products with them are then float32 and only the
 result is rounded. Under autocast the tensors are converted as the fused operators' autocast rule does it
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, geometry
+from . import arguments, checks, geometry
 from .geometry import Geometry
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -209,7 +209,7 @@ def _at_centre(matrix: Tensor, kernel: tuple[int, ...]) -> Tensor:
 def conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation) -> Tensor:
     """A convolution whose arguments are checked; ``plan`` is what the check returned."""
     device = input.device.type
-    if checks.autocast_enabled(device):
+    if arguments.autocast_enabled(device):
         input, weight, p, q, r, residual = _autocast(device, input, weight, p, q, r, residual)
         with torch.autocast(device, enabled=False):
             return conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activation)
@@ -237,7 +237,7 @@ def conv(plan, input, weight, p, phi, q, r, lam, bias, residual, groups, activat
 def apply(static, input, p, phi, q, lam, bias, residual, stride, offset, activation) -> Tensor:
     """dcd_apply with checked arguments; stride and offset have one entry per spatial dimension."""
     device = static.device.type
-    if checks.autocast_enabled(device):
+    if arguments.autocast_enabled(device):
         static, input, p, q, residual = _autocast(device, static, input, p, q, residual)
         with torch.autocast(device, enabled=False):
             return apply(static, input, p, phi, q, lam, bias, residual, stride, offset, activation)
@@ -251,7 +251,7 @@ def apply(static, input, p, phi, q, lam, bias, residual, stride, offset, activat
 def linear(input, weight, p, phi, q, lam, bias, residual, activation) -> Tensor:
     """dcd_linear with checked arguments."""
     device = input.device.type
-    if checks.autocast_enabled(device):
+    if arguments.autocast_enabled(device):
         input, weight, p, q, residual = _autocast(device, input, weight, p, q, residual)
         with torch.autocast(device, enabled=False):
             return linear(input, weight, p, phi, q, lam, bias, residual, activation)

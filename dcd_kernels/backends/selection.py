@@ -48,6 +48,9 @@ class use_backend:
     The choice holds for the whole process, all threads. 'auto' takes the best backend that runs a call; any
     other name is an order: a call that this backend cannot run raises RuntimeError with its reason.
 
+    Args:
+        name: 'auto', 'cpu', 'cuda', 'triton' or 'reference'.
+
     Raises:
         ValueError: an unknown name.
     """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..arguments import check_module
 from . import branch, layers, match, patch, probe, sequence
 from .trace import Untraceable, trace
 
@@ -106,7 +107,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     Source: the latent norms are those of the released networks; for their algebra see
     :mod:`dcd_kernels.interop.norms`.
     """
-    _require_module("accelerate", model)
+    check_module("accelerate", model)
     for _, module in _candidates(model):
         recipe, _ = _examined(module)
         patch.remove(module)
@@ -125,7 +126,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    _require_module("restore", model)
+    check_module("restore", model)
     for module in model.modules():
         patch.remove(module)
     return model
@@ -140,7 +141,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    _require_module("report", model)
+    check_module("report", model)
     from ..inference.optimize import OptimizedNetwork, entries_of  # it is built on this module
 
     if isinstance(model, OptimizedNetwork):
@@ -159,11 +160,6 @@ def report(model: nn.Module) -> Report:
                 continue
         entries.append(Entry(name, type(module).__name__, installed is not None, reason))
     return Report(entries, [name for name, module in model.named_modules() if patch.is_sequence(module)])
-
-
-def _require_module(caller: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

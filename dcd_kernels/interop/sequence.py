@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import extension, functional
+from ..arguments import ACTIVATIONS
 from ..backends import selection
-from ..checks import ACTIVATIONS
 from . import layers, norms
 
 if extension.LOADED:

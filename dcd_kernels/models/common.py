@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from dcd_kernels.arguments import check_sizes
 from dcd_kernels.nn.branch import one_of
 from dcd_kernels.nn.conv import DCDConv2d
 from dcd_kernels.nn.latent import (
@@ -32,10 +33,16 @@ FORMULATIONS: dict[str, dict[str, bool] | None] = {
 SQUEEZES = ("wider", "pooled")
 
 
-def check_network(caller: str, num_classes: int, **formulations: str) -> None:
-    """Raise ValueError unless there are classes and every formulation is a known one."""
-    if num_classes < 1:
-        raise ValueError(f"{caller}: num_classes must be at least 1, got {num_classes}")
+def check_width(caller: str, width_mult: float) -> None:
+    if not isinstance(width_mult, (int, float)):
+        raise TypeError(f"{caller}: width_mult must be a number, got {width_mult!r}")
+    if not width_mult > 0:
+        raise ValueError(f"{caller}: width_mult must be positive, got {width_mult}")
+
+
+def check_network(caller: str, num_classes: int, in_channels: int, **formulations: str) -> None:
+    """Raise unless there are classes and channels and every formulation is a known one."""
+    check_sizes(caller, num_classes=num_classes, in_channels=in_channels)
     for argument, value in formulations.items():
         one_of(f"{caller}: {argument}", value, list(FORMULATIONS))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcd_kernels import madds
+from dcd_kernels.arguments import check_module
 from dcd_kernels.backends.selection import use_backend
 from dcd_kernels.models.released.layers import Classifier, ReleasedLayer
 from dcd_kernels.nn.branch import DynamicBranch
@@ -197,11 +198,12 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
         layers (with their branch) and branches that stand alone.
 
     Raises:
-        TypeError: the model has matrices in other modules (attention, transposed convolutions), whose
-            multiply-adds are not known here. Whatever the call itself raises.
+        TypeError: not a module, or one with matrices in other modules (attention, transposed convolutions),
+            whose multiply-adds are not known here. Whatever the call itself raises.
 
     Source: paper, Tables 1 to 4; the convention of ``published`` is the one that fits them best.
     """
+    check_module("complexity", model)
     counts: list[LayerCount] = []
 
     def record(name: str) -> Callable:

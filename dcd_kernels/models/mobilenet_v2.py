@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dcd_kernels.interop import sequence
-from dcd_kernels.models.common import SQUEEZES, Layers, check_network
+from dcd_kernels.models.common import SQUEEZES, Layers, check_network, check_width
 from dcd_kernels.nn.branch import one_of
 from dcd_kernels.nn.conv import DCDConv2d
 from dcd_kernels.nn.latent import LatentRule
@@ -105,11 +105,20 @@ class MobileNetV2(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not width_mult > 0:
-            raise ValueError(f"mobilenet_v2: width_mult must be positive, got {width_mult}")
+        check_width("mobilenet_v2", width_mult)
         check_network(
-            "mobilenet_v2", num_classes, pointwise=pointwise, depthwise=depthwise, classifier=classifier
+            "mobilenet_v2",
+            num_classes,
+            in_channels,
+            pointwise=pointwise,
+            depthwise=depthwise,
+            classifier=classifier,
         )
+        for row in settings:
+            if len(row) != 4:
+                raise ValueError(
+                    f"mobilenet_v2: settings must have rows (expansion, channels, repeats, stride), got {row}"
+                )
         one_of("mobilenet_v2: squeeze", squeeze, SQUEEZES)
         if blocks != 1 and pointwise not in ("fusion", "dcd"):
             raise ValueError(f"mobilenet_v2: blocks needs pointwise='fusion' or 'dcd', got {pointwise!r}")
@@ -221,7 +230,8 @@ def mobilenet_v2(width_mult: float = 1.0, num_classes: int = 1000, **options) ->
         (N, in_channels, H, W) → (N, num_classes).
 
     Raises:
-        ValueError: an unknown formulation, or options that a layer refuses.
+        TypeError: a size that is not an integer, a width that is no number.
+        ValueError: a size below 1, an unknown formulation, or options that a layer refuses.
 
     Source: paper, Sections 5.1 to 5.3.
     """

@@ -179,7 +179,7 @@ class ResNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_network("resnet", num_classes, convolutions=convolutions, classifier=classifier)
+        check_network("resnet", num_classes, in_channels, convolutions=convolutions, classifier=classifier)
         one_of("resnet: squeeze", squeeze, SQUEEZES)
         one_of("resnet: bottleneck_stride", bottleneck_stride, BOTTLENECK_STRIDES)
         if len(depths) != len(channels) or not depths or min(*depths, *channels) < 1:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcd_kernels import extension
+from dcd_kernels.arguments import check_tensors
 from dcd_kernels.backends import branch as kernels
 from dcd_kernels.nn.latent import squeeze_channels as default_squeeze_channels
 
@@ -128,6 +129,14 @@ def _bias(layer: nn.Linear) -> Tensor | None:
     return _registered(layer._parameters, "bias", layer)
 
 
+def _is_phi_shape(shape: tuple) -> bool:
+    return (
+        len(shape) in (2, 3)
+        and all(isinstance(size, int) and size >= 1 for size in shape)
+        and shape[-1] == shape[-2]
+    )
+
+
 class DynamicBranch(nn.Module):
     """Pool → FC → activation or gate → FC into the logits of λ and Φ.
 
@@ -169,7 +178,7 @@ class DynamicBranch(nn.Module):
     Raises:
         ValueError: options out of range or unknown, a branch with nothing to compute, or input or sums of the
             wrong rank or channels, or sums where they cannot be used.
-        TypeError: sums of another dtype.
+        TypeError: an input that is not a tensor, sums of another dtype.
     """
 
     def __init__(
@@ -194,8 +203,10 @@ class DynamicBranch(nn.Module):
             raise ValueError(f"in_channels must be at least 1, got {in_channels}")
         if lam_channels < 0:
             raise ValueError(f"lam_channels must be at least 0, got {lam_channels}")
-        if phi_shape is not None and (not phi_shape or min(phi_shape) < 1):
-            raise ValueError(f"phi_shape must have sizes of at least 1, got {phi_shape}")
+        if phi_shape is not None and not _is_phi_shape(phi_shape):
+            raise ValueError(
+                f"phi_shape must be (L, L) or (B, L, L) with sizes of at least 1, got {phi_shape}"
+            )
         if lam_channels == 0 and phi_shape is None:
             raise ValueError(
                 "lam_channels must be at least 1 where phi_shape is None: there is nothing to compute"
@@ -290,6 +301,8 @@ class DynamicBranch(nn.Module):
         return kernels.can_run(input, _weight(squeeze), _weight(expand), _weight(gate))
 
     def forward(self, input: Tensor, sums: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """(λ, Φ) of ``input``: shapes and errors are those of the class."""
+        check_tensors("DynamicBranch", input=input)
         shape = input.shape
         if len(shape) < 2 or shape[1] != self.in_channels:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcd_kernels import functional
+from dcd_kernels.arguments import check_tensors
 from dcd_kernels.geometry import per_dimension
 from dcd_kernels.nn.branch import one_of
 from dcd_kernels.nn.latent import LatentRule, latent_kernel_elements
@@ -63,6 +64,7 @@ _DOC = """{rank}-D convolution whose kernel is decomposed dynamically (drop-in f
         float32, float64, float16, bfloat16; λ and Φ are float32 beside half input, under autocast too.
 
     Raises:
+        TypeError: a size that is not an integer, an input that is no tensor or of another dtype.
         ValueError: arguments out of range or in a combination that has no form; input of the wrong shape.
 
     Source: paper, Sections 3.3, 3.4 and 4.
@@ -126,7 +128,7 @@ class _DCDConv(DCDLayer):
             out_channels,
             (out_channels, in_channels // groups, *self.kernel_size),
             bias=bias,
-            latent_rule=latent_channels if channel_fusion and not self.depthwise else None,
+            latent_rule=self._fusion_rule(latent_channels, channel_fusion and not self.depthwise),
             latent_kernel=latent_kernel,
             channel_attention=channel_attention,
             activation=activation,
@@ -240,6 +242,8 @@ class _DCDConv(DCDLayer):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, condition: Tensor | None = None
     ) -> Tensor:
+        """``activation(W_n * x_n + bias + residual)``: shapes, dtypes and errors are those of the class."""
+        check_tensors(type(self).__name__, input=input)
         self._check_input(
             input,
             f"(N, {self.in_channels}, {', '.join('DHW'[3 - self.spatial :])})",

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from torch import nn
 
+from dcd_kernels.arguments import check_module
 from dcd_kernels.nn.branch import DynamicBranch
 from dcd_kernels.nn.conv import DCDConv1d, DCDConv2d, DCDConv3d
 from dcd_kernels.nn.layer import DCDLayer, cannot_convert
@@ -61,12 +63,13 @@ def _dynamic(name: str, module: nn.Module, options: dict) -> DCDLayer:
         raise TypeError(
             f"convert: where selected {_label(name, module)}, which cannot become a DCD layer: {reason}"
         )
+    made = DCDLinear if type(module) is nn.Linear else CONVOLUTIONS[type(module)]
     try:
-        if type(module) is nn.Linear:
-            return DCDLinear.from_linear(module, **options)
-        return CONVOLUTIONS[type(module)].from_conv(module, **options)
+        return (made.from_linear if made is DCDLinear else made.from_conv)(module, **options)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"convert: {_label(name, module)}: {error}") from error
+        # Python's own message about an option that there is not
+        message = re.sub(r"^\w+\.__init__\(\)", made.__name__, str(error))
+        raise type(error)(f"convert: {_label(name, module)}: {message}") from error
 
 
 def convert(model: nn.Module, where: Where | None = None, **options) -> nn.Module:
@@ -96,10 +99,16 @@ def convert(model: nn.Module, where: Where | None = None, **options) -> nn.Modul
         TypeError: ``where`` selected a module that has no DCD layer: transposed, lazy and quantised layers,
             subclasses, layers with hooks or recomputed weights (weight_norm, pruning, parametrisations),
             linear layers that ``nn.MultiheadAttention`` or ``nn.TransformerEncoderLayer`` read without
-            calling. Nothing is replaced then.
-        ValueError: ``options`` that a selected layer does not have. Nothing is replaced then either.
+            calling. An option that no layer has, a ``model`` that is not a module, a ``where`` that cannot be
+            called.
+        ValueError: an option's value that a selected layer cannot have.
+
+        Nothing is replaced then.
     """
+    check_module("convert", model)
     where = recommended if where is None else where
+    if not callable(where):
+        raise TypeError(f"convert: where must be a function of a name and a module, got {where!r}")
     made: dict[nn.Module, DCDLayer] = {}
     places: list[tuple[nn.Module, str, nn.Module]] = []
     seen: set[nn.Module] = set()

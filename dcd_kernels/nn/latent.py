@@ -113,8 +113,11 @@ def squeeze_channels(in_channels: int, out_channels: int, reduction: int) -> int
     parameter counts follow.
 
     Raises:
+        TypeError: a reduction that is not an integer.
         ValueError: a reduction below 1.
     """
+    if isinstance(reduction, bool) or not hasattr(reduction, "__index__"):
+        raise TypeError(f"reduction must be an integer, got {reduction!r}")
     if reduction < 1:
         raise ValueError(f"reduction must be at least 1, got {reduction}")
     return max(max(in_channels, out_channels) // reduction, SMALLEST_SQUEEZE)

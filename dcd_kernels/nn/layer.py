@@ -11,7 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS, check_tensors
+from dcd_kernels.geometry import show
 from dcd_kernels.nn.branch import DynamicBranch, one_of
 from dcd_kernels.nn.latent import LatentRule, latent_channels, squeeze_channels
 from dcd_kernels.nn.packed import packed_for
@@ -41,6 +42,7 @@ class DCDLayer(nn.Module):
     _kept = None
     # What the option is called in this class; the branch's own names are other ones.
     condition_option = "condition_channels"
+    channel_axis = 1
 
     def _set_sizes(
         self,
@@ -240,12 +242,28 @@ class DCDLayer(nn.Module):
         """What λ and Φ are computed from."""
         if condition is None:
             return input
-        if condition.dim() < 2 or condition.shape[0] != input.shape[0]:
+        check_tensors(type(self).__name__, condition=condition)
+        channels = self.branch.in_channels
+        if (
+            condition.dim() < 2
+            or condition.shape[0] != input.shape[0]
+            or condition.shape[self.channel_axis] != channels
+        ):
+            sizes = (channels, "...") if self.channel_axis == 1 else ("...", channels)
             raise ValueError(
-                f"{type(self).__name__}: condition must have the batch size of input, {input.shape[0]}, in "
-                f"its first dimension and channels beside it, got {tuple(condition.shape)}"
+                f"{type(self).__name__}: condition must have shape {show((input.shape[0], *sizes))}, the "
+                f"batch size of input and {self.condition_option}, got {tuple(condition.shape)}"
             )
         return condition
+
+    def _fusion_rule(self, rule: int | str | LatentRule, fuses: bool) -> int | str | LatentRule | None:
+        """``latent_rule`` of :meth:`_build` for the option ``latent_channels``."""
+        if fuses and rule is None:
+            raise TypeError(
+                f"{type(self).__name__}: latent_channels must be an integer, the name of a rule or a "
+                "function, got None; channel_fusion=False leaves the residual out"
+            )
+        return rule if fuses else None
 
     def _check_input(self, input: Tensor, wanted: str, right: bool) -> None:
         if not right:

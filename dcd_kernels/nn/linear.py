@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcd_kernels import functional
+from dcd_kernels.arguments import check_tensors
 from dcd_kernels.nn.latent import LatentRule
 from dcd_kernels.nn.layer import DCDLayer
 
@@ -34,12 +35,14 @@ class DCDLinear(DCDLayer):
         float32, float64, float16, bfloat16; λ and Φ are float32 beside half input, under autocast too.
 
     Raises:
+        TypeError: a size that is not an integer, an input that is no tensor or of another dtype.
         ValueError: arguments out of range, input of the wrong shape.
 
     Source: paper, Section 5.2 ("a special case of pointwise convolution"), Eqs. 6 and 7.
     """
 
     condition_option = "condition_features"
+    channel_axis = -1
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class DCDLinear(DCDLayer):
             out_features,
             (out_features, in_features),
             bias=bias,
-            latent_rule=latent_channels if channel_fusion else None,
+            latent_rule=self._fusion_rule(latent_channels, channel_fusion),
             latent_kernel=None,
             channel_attention=channel_attention,
             activation=activation,
@@ -102,6 +105,8 @@ class DCDLinear(DCDLayer):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, condition: Tensor | None = None
     ) -> Tensor:
+        """``activation(x_n W_nᵀ + bias + residual)``: shapes, dtypes and errors are those of the class."""
+        check_tensors("DCDLinear", input=input)
         self._check_input(
             input, f"(N, ..., {self.in_features})", input.dim() >= 2 and input.shape[-1] == self.in_features
         )

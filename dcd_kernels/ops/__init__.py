@@ -89,7 +89,7 @@ def pointwise(
     input (N, Ci, *spatial) with at least one spatial dimension, weight (Co, Ci), p (Co, L), phi
     (N, L, L) or block-diagonal (N, B, L, L), q (Ci, L), lam (N, Co), bias (Co,) or (N, Co), residual
     (N, Co, *spatial), activation a code of
-    `checks.ACTIVATIONS`. p, phi and q are given together or not at
+    `arguments.ACTIVATIONS`. p, phi and q are given together or not at
     all. All of one dtype; phi, lam and bias may be float32 beside float16 or bfloat16.
 
     Returns (N, Co, *spatial), channels-last where the input is, else contiguous. Raises RuntimeError

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import ACTIVATIONS
+from ..arguments import ACTIVATIONS
 
 NONE, RELU, RELU6, SILU, HARDSWISH = (
     ACTIVATIONS[name] for name in (None, "relu", "relu6", "silu", "hardswish")

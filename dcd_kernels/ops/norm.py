@@ -112,7 +112,7 @@ def batch_norm_act(
     r"""y = act(weight · (x − mean)/√(variance + eps) + bias), batch normalisation (Ioffe and Szegedy, 2015).
 
     input (N, C, \*spatial), also (N, C); weight and bias (C,) or None; activation a code of
-    `checks.ACTIVATIONS`. float32, float64, float16, bfloat16; weight and bias may be float32 beside half
+    `arguments.ACTIVATIONS`. float32, float64, float16, bfloat16; weight and bias may be float32 beside half
     precision, in which sums are float32.
 
     Returns y, laid out like input, and mean and biased variance (C,) over samples and pixels, in float32 or

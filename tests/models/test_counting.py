@@ -167,6 +167,8 @@ def test_a_layer_called_twice_and_a_shared_one():
     "module", [nn.MultiheadAttention(8, 2), nn.ConvTranspose2d(3, 4, 2), nn.Bilinear(3, 3, 3)]
 )
 def test_other_matrices_raise(module):
+    with pytest.raises(TypeError, match=r"complexity: model must be a torch\.nn\.Module, got type"):
+        complexity(type(module))
     with pytest.raises(TypeError, match=f"complexity: model .* {type(module).__name__} 'inner'"):
         complexity(nn.ModuleDict({"inner": module}))
 

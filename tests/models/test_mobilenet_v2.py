@@ -284,6 +284,8 @@ def test_options_reach_the_layers():
     [
         ("width_mult", {"width_mult": 0}),
         ("num_classes", {"num_classes": 0}),
+        ("in_channels", {"in_channels": 0}),
+        ("settings", {"settings": [(1, 16, 1, 1), (6, 24)]}),
         ("pointwise", {"pointwise": "dynamic"}),
         ("depthwise", {"depthwise": None}),
         ("classifier", {"classifier": "full"}),
@@ -298,3 +300,9 @@ def test_options_reach_the_layers():
 def test_bad_options(argument, options):
     with pytest.raises(ValueError, match=argument):
         mobilenet_v2(device="meta", **options)
+
+
+@pytest.mark.parametrize("argument", ["width_mult", "num_classes", "in_channels"])
+def test_options_that_are_no_numbers(argument):
+    with pytest.raises(TypeError, match=f"mobilenet_v2: {argument} must be an? .*, got 'wide'"):
+        mobilenet_v2(device="meta", **{argument: "wide"})

@@ -388,6 +388,8 @@ def test_one_sample_in_training_is_torch_s_own_error():
         (lambda: released.mobilenet_v2(num_classes=0), "mobilenet_v2: num_classes must be at least 1, got 0"),
         (lambda: released.mobilenet_v2(fc_squeeze=0), "mobilenet_v2: fc_squeeze must be at least 1, got 0"),
         (lambda: released.resnet34(0), "resnet: num_classes must be at least 1, got 0"),
+        (lambda: released.resnet10(in_channels=0), "resnet: in_channels must be at least 1, got 0"),
+        (lambda: BasicConv(3, 3, 0), "BasicConv: stride must be at least 1, got 0"),
         (lambda: BasicConv(0, 3), "BasicConv: in_channels must be at least 1, got 0"),
         (lambda: BottleneckConv(3, -1, 1), "BottleneckConv: out_channels must be at least 1, got -1"),
         (lambda: BottleneckConv(3, 3, 2), "BottleneckConv: kernel_size must be odd and positive, got 2"),

@@ -111,6 +111,8 @@ def test_a_checkpoint_without_dropout(trained):
 
 
 def test_what_is_no_checkpoint(trained, tmp_path):
+    with pytest.raises(TypeError, match=r"load_checkpoint: model must be a torch\.nn\.Module, got str"):
+        released.load_checkpoint("resnet10", trained.state_dict())
     with pytest.raises(TypeError, match="must be a file or a state_dict, got list"):
         released.load_checkpoint(trained, [1, 2])
     with pytest.raises(

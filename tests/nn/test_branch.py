@@ -202,6 +202,8 @@ def test_bad_input():
         branch(torch.randn(2, 5, 4))
     with pytest.raises(ValueError, match="input of the branch must have shape"):
         branch(torch.randn(6))
+    with pytest.raises(TypeError, match=r"DynamicBranch: input must be a torch\.Tensor, got ndarray"):
+        branch(torch.randn(2, 6).numpy())
     with pytest.raises(ValueError, match="2 spatial dimensions"):
         DynamicBranch(6, 3, None, pool_size=(2, 2))(torch.randn(2, 6, 4))
 

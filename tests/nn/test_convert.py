@@ -155,12 +155,21 @@ def test_refused_where_weights_are_read_without_a_call():
         convert(attention, lambda name, module: True)
 
 
+def test_what_is_no_model_and_no_function():
+    with pytest.raises(TypeError, match=r"convert: model must be a torch\.nn\.Module, got str"):
+        convert("resnet18")
+    with pytest.raises(TypeError, match=r"convert: where must be a function .*, got .1x1"):
+        convert(nn.Sequential(nn.Conv2d(16, 16, 1)), where="1x1")
+
+
 def test_options_that_a_layer_lacks():
     model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 2), nn.Linear(16, 16))
     with pytest.raises(ValueError, match=r"convert: '1' \(Conv2d\): DCDConv2d: kernel_size must be odd"):
         convert(model, lambda name, module: True)
     with pytest.raises(TypeError, match=r"convert: '2' \(Linear\): .*joint"):
         convert(model, lambda name, module: name == "2", joint=True)
+    with pytest.raises(TypeError, match=r"convert: '0' \(Conv2d\): DCDConv2d got an unexpected .*'rank'"):
+        convert(model, lambda name, module: name == "0", rank=3)
     with pytest.raises(ValueError, match="lam_activation"):
         convert(model, lam_activation="sigmoid")
     assert dynamic_layers(model) == set()

@@ -51,6 +51,8 @@ def test_one_block_beside_groups_is_still_an_error():
         ({"gate": "tanh"}, "gate must be one of .*got 'tanh'", ValueError),
         ({"lam_activation": "tanh"}, "lam_activation must be one of .*got 'tanh'", ValueError),
         ({"reduction": 0}, "reduction must be at least 1, got 0", ValueError),
+        ({"reduction": "wide"}, "reduction must be an integer, got 'wide'", TypeError),
+        ({"latent_channels": None}, "latent_channels must be an integer, .*, got None", TypeError),
         ({"squeeze_channels": 0}, "squeeze_channels must be at least 1, got 0", ValueError),
         ({"latent_channels": 0}, "latent_channels must be a positive integer, got 0", ValueError),
         ({"latent_channels": "third"}, "latent_channels must be an integer or one of .*'third'", ValueError),
@@ -77,11 +79,17 @@ def test_size_of_the_condition_is_named_as_the_layer_names_it():
     [(DCDConv2d(8, 8, 1), torch.randn(2, 8, 3, 3)), (DCDLinear(8, 8), torch.randn(2, 3, 8))],
     ids=["conv", "linear"],
 )
-def test_condition_of_another_batch_size(layer, input):
+def test_bad_condition(layer, input):
     name = type(layer).__name__
-    message = rf"^{name}: condition must have the batch size of input, 2, .*got \(3, 8\)"
-    with pytest.raises(ValueError, match=message):
+    message = rf"^{name}: condition must have shape \(2, .*batch size of input.*got "
+    with pytest.raises(ValueError, match=message + r"\(3, 8\)"):
         layer(input, condition=torch.randn(3, 8))
+    with pytest.raises(ValueError, match=message + r"\(2, 7\)"):
+        layer(input, condition=torch.randn(2, 7))
+    with pytest.raises(TypeError, match=f"^{name}: condition must be a torch.Tensor or None, got str"):
+        layer(input, condition="image")
+    with pytest.raises(TypeError, match=f"^{name}: input must be a torch.Tensor, got list"):
+        layer([input])
     with pytest.raises(ValueError, match=rf"^{name}: condition must .*got \(8,\)"):
         layer(input, condition=torch.randn(8))
     assert layer(input, condition=torch.randn(2, 8)).shape == input.shape

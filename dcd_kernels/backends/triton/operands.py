@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import ACTIVATIONS
+from ...arguments import ACTIVATIONS
 from ...ops.fakes import empty_map
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

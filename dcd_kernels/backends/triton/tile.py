@@ -23,7 +23,7 @@ def offsets(rows, columns, step, UNIT: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """Codes of checks.ACTIVATIONS. Comparisons are written so that NaN stays NaN."""
+    """Codes of arguments.ACTIVATIONS. Comparisons are written so that NaN stays NaN."""
     if ACTIVATION == 1:
         y = tl.where(y < 0, 0.0, y)
     elif ACTIVATION == 2:

@@ -10,6 +10,8 @@ from typing import BinaryIO, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dcd_kernels.arguments import check_module
+
 Model = TypeVar("Model", bound=nn.Module)
 
 _PARALLEL = "module."
@@ -85,10 +87,11 @@ def load_checkpoint(
     Raises:
         ValueError: keys that are missing or unexpected, or another shape: the message names them. A model on
             the meta device, which has nothing to load into.
-        TypeError: no state_dict in it.
+        TypeError: no state_dict in it, or a model that is not a module.
         OSError, pickle.UnpicklingError: what ``torch.load`` raises for no such file, or one with more than
             tensors and plain values in it.
     """
+    check_module("load_checkpoint", model)
     target = model.state_dict()
     if any(value.is_meta for value in target.values()):
         raise ValueError(

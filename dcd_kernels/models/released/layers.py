@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcd_kernels.arguments import check_sizes
 from dcd_kernels.nn.latent import SMALLEST_SQUEEZE, released, squeeze_channels
 
 
@@ -94,12 +95,6 @@ class ReleasedLayer(nn.Module):
         return _twice_hardsigmoid(self.fc_scale(squeezed)), phi
 
 
-def _check_channels(caller: str, **channels: int) -> None:
-    for argument, value in channels.items():
-        if value < 1:
-            raise ValueError(f"{caller}: {argument} must be at least 1, got {value}")
-
-
 class _ReleasedConv(ReleasedLayer):
     """A layer on a map ``(N, C, H, W)``; Q is 1×1 and takes the stride of the static convolution."""
 
@@ -155,7 +150,8 @@ class BottleneckConv(_ReleasedConv):
         (N, in_channels, H, W) → (N, out_channels, ⌈H / stride⌉, ⌈W / stride⌉).
 
     Raises:
-        ValueError: channels below 1, or an even kernel, whose map Q's would not fit.
+        TypeError: channels or a stride that are no integers.
+        ValueError: channels or a stride below 1, or an even kernel, whose map Q's would not fit.
 
     Keys: ``conv q p bn1 bn2 fc.0 fc.1.fc.0 fc_phi fc_scale``. Source: paper, Section 5.1, Fig. 4b for k > 1.
     """
@@ -170,7 +166,7 @@ class BottleneckConv(_ReleasedConv):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_channels("BottleneckConv", in_channels=in_channels, out_channels=out_channels)
+        check_sizes("BottleneckConv", in_channels=in_channels, out_channels=out_channels, stride=stride)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"BottleneckConv: kernel_size must be odd and positive, got {kernel_size}")
         super().__init__(
@@ -200,7 +196,8 @@ class BasicConv(_ReleasedConv):
         (N, in_channels, H, W) → (N, out_channels, ⌈H / stride⌉, ⌈W / stride⌉).
 
     Raises:
-        ValueError: channels below 1.
+        TypeError: channels or a stride that are no integers.
+        ValueError: channels or a stride below 1.
 
     Keys: ``conv q p bn1 bn2 fc.0 fc.1.fc.0 fc_phi fc_scale``. Source: paper, Section 5.1, Fig. 4b.
     """
@@ -214,7 +211,7 @@ class BasicConv(_ReleasedConv):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_channels("BasicConv", in_channels=in_channels, out_channels=out_channels)
+        check_sizes("BasicConv", in_channels=in_channels, out_channels=out_channels, stride=stride)
         pooled = 4 * in_channels
         super().__init__(
             in_channels,
@@ -261,7 +258,7 @@ class PointwiseConv(_ReleasedConv):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_channels(
+        check_sizes(
             "PointwiseConv", in_channels=in_channels, out_channels=out_channels, fc_squeeze=fc_squeeze
         )
         pool_size = 2 if in_channels < out_channels else 1
@@ -315,7 +312,7 @@ class Classifier(ReleasedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_channels("Classifier", in_features=in_features, out_features=out_features)
+        check_sizes("Classifier", in_features=in_features, out_features=out_features)
         factory = {"device": device, "dtype": dtype}
         super().__init__(
             nn.Linear(in_features, out_features, **factory),

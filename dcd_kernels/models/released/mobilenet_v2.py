@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dcd_kernels.models.common import check_network
+from dcd_kernels.arguments import check_sizes
+from dcd_kernels.models.common import check_network, check_width
 from dcd_kernels.models.mobilenet_v2 import SETTINGS, normalised, rounded
 from dcd_kernels.models.released.common import initialise, make_classifier
 from dcd_kernels.models.released.layers import PointwiseConv
@@ -58,13 +59,11 @@ class ReleasedMobileNetV2(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not width_mult > 0:
-            raise ValueError(f"mobilenet_v2: width_mult must be positive, got {width_mult}")
-        check_network("mobilenet_v2", num_classes)
+        check_width("mobilenet_v2", width_mult)
+        check_network("mobilenet_v2", num_classes, in_channels)
         if fc_squeeze is None:
             fc_squeeze = 8 if width_mult <= 0.5 else 16
-        if fc_squeeze < 1:
-            raise ValueError(f"mobilenet_v2: fc_squeeze must be at least 1, got {fc_squeeze}")
+        check_sizes("mobilenet_v2", fc_squeeze=fc_squeeze)
         factory = {"device": device, "dtype": dtype}
         # the one width of the released code whose channels are not multiples of 8
         multiple = 4 if width_mult == 0.1 else 8

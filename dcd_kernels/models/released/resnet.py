@@ -41,7 +41,7 @@ class ReleasedResNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_network("resnet", num_classes)
+        check_network("resnet", num_classes, in_channels)
         factory = {"device": device, "dtype": dtype}
         made = _BasicConvolutions if block is BasicBlock else _BottleneckConvolutions
         make = (made if dynamic else Convolutions)(factory)
@@ -97,7 +97,7 @@ def resnet18(num_classes: int = 1000, **options) -> ReleasedResNet:
         (N, in_channels, H, W) → (N, num_classes); the released code takes 224 × 224 alone.
 
     Raises:
-        ValueError: ``num_classes`` below 1.
+        ValueError: ``num_classes`` or ``in_channels`` below 1.
 
     Source: paper, Sections 5.1 and 5.3; names and sizes of the released code.
     """
