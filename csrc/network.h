@@ -54,6 +54,7 @@ enum StepKind : int64_t {
     X(streamed) /* 1: not run by itself but row by row, by the depthwise step that reads it */ \
     X(producer) /* the streamed step that makes a depthwise step's input */ \
     X(tensor) /* which of the op's inputs or outputs kStem, kImport and kExport mean */ \
+    X(rank) /* kExport: dimensions of the output, 4 for an image, 2 for a vector */ \
     X(input) /* value */ \
     X(output) /* value */ \
     X(skip) /* value that is added */ \

@@ -216,6 +216,8 @@ class NetworkChecks {
             default:
                 read_memory("input", s.input, s.out_channels);
                 bound("tensor of an export", s.tensor, exports_, exports_);
+                STD_TORCH_CHECK(s.rank == 2 || s.rank == 4,
+                                "program: the rank of an output must be 2 or 4, got ", s.rank);
                 bound("pooled", s.pooled, -1, -1);
                 ++exports_;
                 return;

@@ -177,7 +177,7 @@ std::vector<Tensor> network(std::vector<Tensor> inputs,  // each [N, C, H, W] or
         if (s.kind != kExport) continue;
         const NetworkPlace& size = places[static_cast<size_t>(s.input)];
         std::vector<int64_t> sizes{call.batch, s.out_channels};
-        if (s.kernel_h) sizes.insert(sizes.end(), {size.height, size.width});
+        if (s.rank == 4) sizes.insert(sizes.end(), {size.height, size.width});
         const bool image = sizes.size() == 4;
         const ScalarType type = type_of(call.program);
         outputs.push_back(image ? empty_map(sizes, channels_last, type) : empty_dense(sizes, type));

@@ -38,16 +38,25 @@ _FRESH_METHODS = {"add", "relu", "mean"}
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow")}
 
 
-def written_to(captured: Captured, node: fx.Node) -> fx.Node | None:
-    """The node whose memory ``node`` writes to."""
+# what is called from elsewhere, by torch.fx.wrap, may write to anything
+_KNOWN_LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
+
+
+def written_to(captured: Captured, node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory ``node`` writes to, or may write to."""
     if isinstance(node.kwargs.get("out"), fx.Node):
-        return node.kwargs["out"]
+        return [node.kwargs["out"]]
     in_place = node.kwargs.get("inplace") is True
     if node.op == "call_module":
-        in_place = bool(getattr(captured.module(node), "inplace", False))
+        module = captured.module(node)
+        if module in captured.opaque:
+            return node.all_input_nodes
+        in_place = bool(getattr(module, "inplace", False))
     elif node.op == "call_method":
         in_place = in_place or (node.target.endswith("_") and not node.target.endswith("__"))
     elif node.op == "call_function":
+        if not (getattr(node.target, "__module__", None) or "torch").startswith(_KNOWN_LIBRARIES):
+            return node.all_input_nodes
         name = getattr(node.target, "__name__", "")
         in_place = (
             in_place
@@ -55,25 +64,23 @@ def written_to(captured: Captured, node: fx.Node) -> fx.Node | None:
             or (name.endswith("_") and not name.endswith("__"))
             or (node.target in _FRESH_FUNCTIONS and any(argument is True for argument in node.args[1:]))
         )
-    return node.all_input_nodes[0] if in_place and node.all_input_nodes else None
+    return node.all_input_nodes[:1] if in_place else []
 
 
 def shared_with_a_write(captured: Captured) -> set[fx.Node]:
     """Nodes that write to memory which others read besides, or may be views of it."""
     found: set[fx.Node] = set()
     for node in captured.graph.nodes:
-        target = written_to(captured, node)
-        if target is None:
-            continue
-        above = _above(captured, target)
-        if any(len(own.users) > 1 or own.op in ("placeholder", "get_attr") for own in above):
-            found |= {node, *_below(captured, above)}
+        for target in written_to(captured, node):
+            above = _above(captured, target)
+            if any(len(own.users) > 1 or own.op in ("placeholder", "get_attr") for own in above):
+                found |= {node, *_below(captured, above)}
     return found
 
 
 def _is_fresh(captured: Captured, node: fx.Node) -> bool:
     """Whether the result of ``node`` is certainly memory of its own."""
-    if written_to(captured, node) is not None:
+    if written_to(captured, node):
         return False
     if node.op == "call_module":
         module = captured.module(node)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 from . import layers
 from .aliases import shared_with_a_write
@@ -32,36 +32,76 @@ _DROPOUTS = {F.dropout, F.dropout2d}
 class Facts:
     """What is known of the nodes of a graph.
 
-    ``shapes`` and ``dtypes`` are those of one example; ``dtype`` is that of the network, float32 or bfloat16;
-    ``flat`` the nodes that are vectors whatever the size of the images;
-    ``kinds`` the step that each node is, ``reasons`` why others are none.
+    ``shapes`` are those for each of the examples, which differ in batch and, where the network takes more
+    than one, in the size of the image: nodes of equal shapes are so always. ``dtypes`` are those of one;
+    ``dtype`` is that of the network, float32 or bfloat16; ``flat`` are the nodes that are vectors whatever
+    the size of the images, ``pixels`` those and what is made of them alone, images of one pixel; ``kinds`` is
+    the step that each node is, ``reasons`` why others are none.
     """
 
-    shapes: dict[fx.Node, torch.Size]
+    shapes: dict[fx.Node, tuple[torch.Size, ...]]
     dtypes: dict[fx.Node, torch.dtype]
     dtype: torch.dtype
     flat: set[fx.Node] = field(default_factory=set)
+    pixels: set[fx.Node] = field(default_factory=set)
     kinds: dict[fx.Node, str] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
-    def learn(self, captured: Captured) -> None:
+    @classmethod
+    def of(cls, captured: Captured, dtype: torch.dtype) -> Facts:
+        """Those of ``captured``, from its runs."""
+        shapes = {
+            node: tuple(run.shapes[node] for run in captured.runs)
+            for node in captured.graph.nodes
+            if captured.runs and all(node in run.shapes for run in captured.runs)
+        }
+        dtypes = captured.runs[0].dtypes if captured.runs else {}
+        facts = cls(shapes, dtypes, dtype)
+        facts._learn(captured)
+        return facts
+
+    def rank(self, node: fx.Node) -> int:
+        """Of images and vectors, more for a larger batch and of as many channels for each example; else 0."""
+        shapes = self.shapes.get(node, ())
+        ranks = {len(shape) for shape in shapes}
+        if len(ranks) != 1 or not ranks <= {2, 4}:
+            return 0
+        grows = len(set(self.batch(node))) == len(shapes)
+        return ranks.pop() if grows and len({shape[1] for shape in shapes}) == 1 else 0
+
+    def batch(self, node: fx.Node) -> tuple[int, ...]:
+        """How many there are for each example: the network's batch, twice that with mirrored images, …"""
+        return tuple(shape[0] for shape in self.shapes[node])
+
+    def channels(self, node: fx.Node) -> int:
+        return self.shapes[node][0][1]
+
+    def _learn(self, captured: Captured) -> None:
         shared = shared_with_a_write(captured)
         for node in captured.graph.nodes:
             kind = None
-            if node in shared:
-                self.reasons[node] = "something is written in place to memory that others read too"
-            elif node.op not in ("placeholder", "output", "get_attr"):
+            if node.op not in ("placeholder", "output", "get_attr"):
                 try:
-                    kind = classify(captured, node, self)
-                    self.kinds[node] = kind
+                    found = classify(captured, node, self)
+                    if node in shared:
+                        raise Unsupported("something is written in place to memory that others read too")
+                    self.kinds[node] = kind = found
                 except Unsupported as error:
                     self.reasons[node] = str(error)
             if (
                 kind == "mean"
-                or (kind in ("same", "add") and node.args[0] in self.flat)
-                or len(self.shapes.get(node, ())) == 2
+                or (kind in ("same", "add", "follower") and node.args[0] in self.flat)
+                or self.rank(node) == 2
             ):
                 self.flat.add(node)
+            if node in self.flat or self._is_one_pixel(node):
+                self.pixels.add(node)
+
+    def _is_one_pixel(self, node: fx.Node) -> bool:
+        """Whether ``node`` is an image of one pixel because all that it is made of is."""
+        sources = [operand for operand in node.all_input_nodes if self.rank(operand)]
+        one = self.rank(node) == 4 and all(shape[2:] == (1, 1) for shape in self.shapes[node])
+        return one and bool(sources) and self.pixels.issuperset(sources)
 
     def give_up(self, node: fx.Node, reason: str) -> None:
         """``node`` runs as it is written after all."""
@@ -117,9 +157,9 @@ def _mean_dims(node: fx.Node) -> list[int] | None:
     return sorted(dim % 4 for dim in dims) if all(isinstance(dim, int) for dim in dims) else None
 
 
-def _is_mean(captured: Captured, node: fx.Node, source: torch.Size) -> bool:
+def _is_mean(captured: Captured, node: fx.Node, facts: Facts) -> bool:
     """Whether ``node`` is the mean over all pixels, with or without two dimensions of one."""
-    if len(source) != 4:
+    if facts.rank(node.args[0]) != 4:
         return False
     if node.op == "call_module":
         module = captured.module(node)
@@ -132,14 +172,22 @@ def _is_mean(captured: Captured, node: fx.Node, source: torch.Size) -> bool:
     return False
 
 
-def _is_flattened(captured: Captured, node: fx.Node, shape: torch.Size, facts: Facts) -> bool:
+def _is_flattened(captured: Captured, node: fx.Node, facts: Facts) -> bool:
     """Whether ``node`` takes dimensions of one away from a vector."""
     source = node.args[0]
     if node.op == "call_module":
         right = type(captured.module(node)) is nn.Flatten
     else:
         right = node.target in (torch.flatten, "flatten")
-    return right and source in facts.flat and facts.shapes[source][:2] == shape
+    return (
+        right
+        and source in facts.flat
+        and (facts.rank(node), facts.channels(node))
+        == (
+            2,
+            facts.channels(source),
+        )
+    )
 
 
 def classify(captured: Captured, node: fx.Node, facts: Facts) -> str:
@@ -148,28 +196,30 @@ def classify(captured: Captured, node: fx.Node, facts: Facts) -> str:
     Raises:
         Unsupported: none does.
     """
-    shapes = facts.shapes
     inputs = node.all_input_nodes
-    ranks = [len(shapes[operand]) if operand in shapes else 0 for operand in (node, *inputs)]
-    if not inputs or any(rank not in (2, 4) for rank in ranks):
+    if node.op == "call_module" and captured.module(node) in captured.opaque:
+        raise Unsupported(captured.opaque[captured.module(node)])
+    if not inputs or not all(facts.rank(operand) for operand in (node, *inputs)):
         raise Unsupported("no image and no vector of each sample")
+    if any(facts.batch(operand) != facts.batch(node) for operand in inputs):
+        raise Unsupported("it is of another batch than its input")
     if not node.args or node.args[0] is not inputs[0]:
         raise Unsupported("its input is not its first argument")
     for operand in (node, *inputs):
         if facts.dtypes[operand] is not facts.dtype:
             raise Unsupported(f"it is in {facts.dtypes[operand]}, the network in {facts.dtype}")
-    source = shapes[inputs[0]]
     if is_sum(node):
         left, right = node.args
-        # a vector would be added to images of one pixel alone, which those of the example may happen to be
-        if shapes[node] == source == shapes[right] and (left in facts.flat) == (right in facts.flat):
+        if facts.shapes[node] == facts.shapes[left] == facts.shapes[right] and all(
+            (left in same) == (right in same) for same in (facts.flat, facts.pixels)
+        ):
             return "add"
         raise Unsupported("it adds tensors of unequal shapes")
     if node.op == "call_module":
-        return _classify_module(captured, node, source, facts)
-    if _is_mean(captured, node, source):
+        return _classify_module(captured, node, facts)
+    if _is_mean(captured, node, facts):
         return "mean"
-    if _is_flattened(captured, node, shapes[node], facts):
+    if _is_flattened(captured, node, facts):
         return "same"
     if node.target in _DROPOUTS and node.kwargs.get("training", True) is False:
         return "same"
@@ -178,17 +228,15 @@ def classify(captured: Captured, node: fx.Node, facts: Facts) -> str:
     raise Unsupported("no kernel here computes it")
 
 
-def _classify_module(captured: Captured, node: fx.Node, source: torch.Size, facts: Facts) -> str:
+def _classify_module(captured: Captured, node: fx.Node, facts: Facts) -> str:
     module = captured.module(node)
-    if module in captured.opaque:
-        raise Unsupported(captured.opaque[module])
     if len(node.args) != 1 or node.kwargs:
         raise Unsupported("it is called with more than an image or a vector")
     if layers.is_altered(module):
         raise Unsupported("it has hooks, or a forward of its own")
-    if layers.is_identity(module) or _is_flattened(captured, node, facts.shapes[node], facts):
+    if layers.is_identity(module) or _is_flattened(captured, node, facts):
         return "same"
-    if _is_mean(captured, node, source):
+    if _is_mean(captured, node, facts):
         return "mean"
     if type(module) is nn.MaxPool2d:
         max_pool_geometry(module)
@@ -198,9 +246,10 @@ def _classify_module(captured: Captured, node: fx.Node, source: torch.Size, fact
             return "follower"
         raise Unsupported(f"{type(module).__name__} behind no layer that could take it in")
     layer = layer_of(captured, node, facts)
-    if (layer.kind == "linear") != (len(source) == 2):
-        raise Unsupported(f"a linear layer on an image of shape {tuple(source)}")
-    if node.args[0] in facts.flat and len(source) == 4:
+    rank = facts.rank(node.args[0])
+    if (layer.kind == "linear") != (rank == 2):
+        raise Unsupported(f"a linear layer on an image of shape {tuple(facts.shapes[node.args[0]][0])}")
+    if node.args[0] in facts.flat and rank == 4:
         if layer.kind == "dense" and layer.geometry.padding != (0, 0):
             raise Unsupported("it pads an image of one pixel")
         if layer.branch is not None and layer.branch.bins != 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 from dcd_kernels.interop import layers as torch_layers
 from dcd_kernels.interop import patch, shortcut
 from dcd_kernels.models.released.layers import ReleasedLayer

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 from . import layers
 from .capture import Captured
@@ -75,6 +75,7 @@ class Lowering:
         self.order = {node: i for i, node in enumerate(captured.graph.nodes)}
         self.inside = set(nodes)
         self.absorbed: set[fx.Node] = set()
+        self.made: dict[Step, fx.Node] = {}  # the layers that steps are
 
     def run(self) -> Piece:
         for node in self.piece.nodes:
@@ -92,9 +93,9 @@ class Lowering:
     def _value(self, node: fx.Node) -> Value:
         """The value of ``node``; that of another piece is imported."""
         if node not in self.values:
-            shape = self.shapes[node]
-            value = Value(shape[1], node not in self.flat)
-            self._step("import", what="input", tensor=self._input(node), in_channels=shape[1], output=value)
+            channels = self.facts.channels(node)
+            value = Value(channels, node not in self.flat)
+            self._step("import", what="input", tensor=self._input(node), in_channels=channels, output=value)
             self.values[node] = value
         return self.values[node]
 
@@ -145,8 +146,8 @@ class Lowering:
             what="output",
             input=value,
             tensor=len(self.piece.outputs),
-            out_channels=self.shapes[node][1],
-            kernel_h=int(len(self.shapes[node]) == 4),
+            out_channels=self.facts.channels(node),
+            rank=self.facts.rank(node),
         )
         self.piece.outputs.append(node)
 
@@ -223,6 +224,7 @@ class Lowering:
         how = "filtered (Winograd)" if fields.get("winograd") else kind
         step = self._step(kind, what=self._told(chain, how), output=output, **fields)
         self.piece.told[node] = step.what
+        self.made[step] = node
 
         narrow = self.piece.narrow
 
@@ -320,7 +322,12 @@ class Lowering:
         other = user.args[1] if user.args[0] is operand else user.args[0]
         known = other in self.values or other not in self.inside
         earlier = self.order[other] < self.order[first]
-        alike = self.shapes[other] == self.shapes[operand] and other not in self.flat
+        pixels = self.facts.pixels
+        alike = (
+            self.shapes[other] == self.shapes[operand]
+            and other not in self.flat
+            and (other in pixels) == (operand in pixels)
+        )
         return other is not operand and known and earlier and alike
 
     def _stream(self) -> None:
@@ -341,9 +348,7 @@ class Lowering:
             if len(found) == 1 and found[0].kind == "depthwise" and step.fields.get("pooled") is None:
                 step.fields["streamed"] = 1
                 found[0].fields["producer"] = step
-                for node, what in self.piece.told.items():
-                    if what is step.what:
-                        self.piece.told[node] = f"{what}; row by row within the depthwise layer that reads it"
+                self.piece.told[self.made[step]] += "; row by row within the depthwise layer that reads it"
 
     def _halos(self) -> None:
         """Convolutions read beyond the edges of their input, but for those that copy it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 import threading
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from .. import extension
+from ..arguments import check_module
 from ..backends import selection
 from ..explain import Explanation, explain
 from ..interop import report
@@ -21,9 +23,13 @@ from ..interop.layers import are_watched
 
 if extension.LOADED:
     from ..ops.autograd import is_traced
+    from .examples import examples_like
     from .plan import Plan
     from .watch import Watch
 
+# where the compiled op says that a check failed: a function, a file and a line
+_OP_ERROR = re.compile(r"^\w+, \S*ops_network\.cpp:\d+, ")
+_MOST_REFUSED = 8  # a network that takes none of these in another batch takes none
 _EXAMPLE_SIZES = (64, 224, 32)
 _BACKENDS = ("auto", "cpu")
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -57,8 +63,13 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
     Returns:
         A module with the same state_dict, keys and submodules. Batch, height, width and memory format may
         change from call to call; several threads may call it at once. Weights may be edited in place, loaded
-        or moved: what was derived from them is derived again. The structure is fixed: after replacing a
-        submodule or changing an attribute of one, optimise again. Results carry no gradient.
+        or moved: what was derived from them is derived again (unless they are edited through NumPy, or
+        through the ``data`` of a buffer). The structure is fixed: after replacing a submodule or changing an
+        attribute of one, optimise again. Results carry no gradient.
+
+        To find out what it computes, copies of the network are called with random numbers. Where torch.fx
+        does not see all that a forward does (attributes that it sets, autocast inside of it, questions to the
+        type of its input), it runs as it is written.
 
         A call that the kernels do not serve (another device or dtype, an input that requires a gradient,
         autocast, torch.compile and torch.export, ``use_backend('reference')``) runs the network as it was
@@ -73,19 +84,17 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
     Source: paper, Section 5.5 (the protocol), Eq. 6 to 9, Fig. 4b (the layers); Lavin and Gray 2016, section
     4.1 (Winograd's filtering).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"optimize_for_inference: model must be a torch.nn.Module, got {type(model).__name__}"
-        )
-    training = next((name or "model" for name, module in model.named_modules() if module.training), None)
+    check_module("optimize_for_inference", model)
+    training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
+        which = repr(training) if training else "the model itself"
         raise ValueError(
             "optimize_for_inference: model must be in eval mode, whose norms can be folded; "
-            f"{training} is in training mode: call model.eval() first"
+            f"{which} is in training mode: call model.eval() first"
         )
     lazy = next((name for name, tensor in model.named_parameters() if is_lazy(tensor)), None)
     if lazy is not None:
-        raise ValueError(f"optimize_for_inference: {lazy} has no size yet: call the model once first")
+        raise ValueError(f"optimize_for_inference: {lazy!r} has no size yet: call the model once first")
     if isinstance(model, OptimizedNetwork):
         return copy.deepcopy(model)
     with torch.inference_mode(False):  # in which tensors count no versions
@@ -113,8 +122,15 @@ class OptimizedNetwork(nn.Module):
         """How it runs; None before the first call where no example of an input could be guessed."""
         return self._plan
 
+    @property
+    def refuses(self) -> bool:
+        """Whether it was called with inputs like which no examples can be made: it ran as it is written."""
+        return bool(self._refused)
+
     def _begin(self) -> None:
         self._plan = None
+        # kinds of inputs that the network takes in no other batch
+        self._refused: set[tuple] = set()
         self._lock = threading.Lock()
         self._watch = Watch(self.written) if extension.LOADED else None
         # the same parameters, buffers and children, in the same dictionaries, so that all keys are the same
@@ -129,14 +145,11 @@ class OptimizedNetwork(nn.Module):
         if channels is None or dtype not in _DTYPES:
             return
         for size in _EXAMPLE_SIZES:
-            example = torch.zeros(2, channels, size, size, dtype=dtype)
-            try:
-                with torch.no_grad():
-                    self.written(example)
-            except Exception:  # whatever it raises: it is for images of another size, or for none
-                continue
-            self._plan = Plan(self.written, self._watch, example)
-            return
+            like = torch.empty(2, channels, size, size, dtype=dtype, device="cpu")
+            examples = examples_like(self.written, like)
+            if examples:
+                self._plan = Plan(self.written, self._watch, examples)
+                return
 
     def forward(self, *args, **kwargs):
         if self.training:
@@ -148,10 +161,20 @@ class OptimizedNetwork(nn.Module):
         plan = self._plan
         if plan is None or not plan.is_current():
             plan = self._renew(args[0])
+            if plan is None:
+                result = self.written(*args)
+                self._refused.add(_kind(args[0]))  # not where it raises
+                return result
         # a layer of an image takes no vector, and none takes another dtype, and the other way round
         if args[0].dim() != plan.rank or args[0].dtype is not plan.dtype:
             return self.written(*args)
-        return plan(args[0])
+        try:
+            return plan(args[0])
+        except RuntimeError as error:
+            message = _OP_ERROR.sub("OptimizedNetwork: ", str(error))
+            if message == str(error):
+                raise
+            raise RuntimeError(message) from error
 
     # the network may have state, hooks or formats of its own
 
@@ -171,19 +194,23 @@ class OptimizedNetwork(nn.Module):
         self(args[0])
         return Explanation((), str(report(self)))
 
-    def _renew(self, input: Tensor) -> Plan:
+    def _renew(self, input: Tensor) -> Plan | None:
+        """The plan for the weights that there are now; None where no examples like ``input`` are accepted."""
         with self._lock:  # whoever comes second finds what the first one made
             plan = self._plan
-            if plan is None or not plan.is_current():
-                keeps = plan is not None and plan.keeps_structure()
-                # of two samples, so that no dimension of one is taken for the batch
-                example = input.new_zeros((2, *input.shape[1:]))
-                self._plan = plan = plan.renewed() if keeps else Plan(self.written, self._watch, example)
-            return plan
+            if plan is not None and (plan.is_current() or plan.keeps_structure()):
+                self._plan = plan = plan if plan.is_current() else plan.renewed()
+                return plan
+            if _kind(input) in self._refused or len(self._refused) == _MOST_REFUSED:
+                return None
+            examples = examples_like(self.written, input)
+            if examples:
+                self._plan = Plan(self.written, self._watch, examples)
+            return self._plan if examples else None
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        del state["_plan"], state["_lock"], state["_watch"], state["_modal"]
+        del state["_plan"], state["_refused"], state["_lock"], state["_watch"], state["_modal"]
         return state
 
     def __setstate__(self, state: dict) -> None:
@@ -192,6 +219,10 @@ class OptimizedNetwork(nn.Module):
 
     def _get_name(self) -> str:
         return f"OptimizedNetwork[{type(self.written).__name__}]"
+
+
+def _kind(input: Tensor) -> tuple:
+    return (input.dtype, *input.shape)
 
 
 _is_training = operator.attrgetter("training")
@@ -251,7 +282,10 @@ def entries_of(network: OptimizedNetwork) -> list[tuple[str, str, bool, str]]:
     """(name, kind, taken, reason) of each node of the data flow that is a module or runs as it is written."""
     plan = network.plan
     if plan is None:
-        return [("", type(network.written).__name__, False, "no input has been seen yet")]
+        reason = extension.REASON or "no input has been seen yet"
+        if network.refuses:
+            reason = "it takes no other batch than that of a call, so that nothing is known of the next one"
+        return [("", type(network.written).__name__, False, reason)]
     found = []
     for node in plan.captured.graph.nodes:
         taken = node in plan.facts.kinds and node not in plan.facts.reasons

@@ -40,7 +40,9 @@ def planes(matrix: Tensor) -> Tensor:
 
 
 # G of F(2×2, 3×3): Lavin and Gray 2016, section 4.1
-_FILTERING = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+_FILTERING = torch.tensor(
+    [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device="cpu"
+)
 
 
 def filtered(weight: Tensor) -> Tensor:
@@ -78,7 +80,8 @@ class Affine:
 def affine_of(norm: nn.Module | None, channels: int) -> Affine:
     """``norm`` by its running statistics; one that does nothing for None."""
     if norm is None:
-        return Affine(torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+        options = {"dtype": torch.float64, "device": "cpu"}
+        return Affine(torch.ones(channels, **options), torch.zeros(channels, **options))
     factor = (wide(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * wide(norm.weight)
@@ -134,7 +137,7 @@ class Branch:
         if self.scale is not None:
             phi = self.scale[:, None, None] * phi
         if residual:
-            phi = phi + torch.eye(self.latent, dtype=phi.dtype)[:, :, None]
+            phi = phi + torch.eye(self.latent, dtype=phi.dtype, device=phi.device)[:, :, None]
         blocks = [rows_padded(block).unflatten(0, (-1, BLOCK)).transpose(1, 2) for block in phi]
         return torch.cat([rows_padded(lam), *(block.flatten(0, 2) for block in blocks)])
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
-
-from dcd_kernels.interop.trace import Shapes
+from torch.utils import _pytree as pytree
 
 from .capture import Captured, _Root
 from .classify import Facts
+from .examples import Example
 from .lower import Alone, Lowering, Piece
 from .program import Constant, encode
 from .watch import Watch
@@ -32,7 +32,7 @@ def _on_large_pages(count: int) -> Tensor:
     """
     size = count * 4
     if size < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(count)
+        return torch.zeros(count, dtype=torch.float32, device="cpu")
     # shared memory, the default, has large pages on few systems
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel that was built without
@@ -68,19 +68,18 @@ def _described(watch: Watch) -> list[tuple]:
 
 
 class Plan:
-    """How a network runs for inputs like the example that it was made with."""
+    """How a network runs for inputs like the examples that it was made with."""
 
-    def __init__(self, network: nn.Module, watch: Watch, example: Tensor) -> None:
+    def __init__(self, network: nn.Module, watch: Watch, examples: list[Example]) -> None:
         self.watch, self.state = watch, watch.renew()  # before anything is read
         self.described = _described(watch)
-        self.captured = Captured(network)
+        self.captured = Captured(network, examples)
         self.root = _Root(network)
-        self.rank, self.dtype = example.dim(), example.dtype
-        shapes = Shapes(self.root, self.captured.graph)
-        with torch.no_grad():
-            shapes.run(example)
-        self.facts = Facts(shapes.shapes, shapes.dtypes, example.dtype)
-        self.facts.learn(self.captured)
+        example = examples[0]
+        self.rank, self.dtype = example.input.dim(), example.input.dtype
+        # torch.fx makes lists and dictionaries of its own of those that a forward returns
+        self.form = None if isinstance(example.output, Tensor) else pytree.tree_structure(example.output)
+        self.facts = Facts.of(self.captured, self.dtype)
         self.parts = self._divided()
         nodes = list(self.captured.graph.nodes)
         self.input = next(node for node in nodes if node.op == "placeholder")
@@ -101,6 +100,9 @@ class Plan:
             if node.op in ("placeholder", "get_attr"):
                 continue
             if node in self.facts.kinds:
+                if run and self.facts.batch(node) != self.facts.batch(run[0]):
+                    yield from self._run_of(run)
+                    run = []
                 run.append(node)
                 continue
             yield from self._run_of(run)
@@ -161,7 +163,11 @@ class Plan:
                 values.update(zip(part.piece.outputs, results, strict=True))
             else:
                 values[part] = interpreter.run_node(part)
-        return fx.node.map_arg(self.output.args[0], values.__getitem__)
+        result = fx.node.map_arg(self.output.args[0], values.__getitem__)
+        if self.form is None:
+            return result
+        leaves = pytree.tree_leaves(result)
+        return pytree.tree_unflatten(leaves, self.form) if len(leaves) == self.form.num_leaves else result
 
 
 class Part:

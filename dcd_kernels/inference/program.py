@@ -60,7 +60,8 @@ class Constant:
 
 def _stages(steps: list[Step]) -> list[int]:
     """Steps on large images run sample by sample, so that a sample's images stay in the cache; the others,
-    whose weights are larger than their images, one after the other for all samples."""
+    whose weights are larger than their images (in the published networks from a sixteenth of the input's size
+    on), one after the other for all samples."""
     large, stages = True, []
     for step in steps:
         output = step.fields.get("output")
@@ -173,4 +174,4 @@ def encode(steps: list[Step], narrow: bool) -> Tensor:
             elif field_ is None:
                 field_ = 0 if name in _COUNTS else -1
             numbers.append(int(field_))
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

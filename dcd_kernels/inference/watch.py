@@ -5,9 +5,9 @@ To look at some four hundred tensors takes as long as a tenth of a small network
 one leaves its trace in one place. Written to in place, tensors count versions, and all of them share one
 counter; another tensor in a module's ``_parameters`` or ``_buffers`` is noticed by the dictionary; and
 ``tensor.data = other`` by the parameter; of buffers, which torch.compile wants to be plain tensors, the
-addresses are compared. What is edited through ``tensor.data`` counts too: here that is a
-detached alias, which shares the counter, where torch's own has one of its own. Out of reach are edits through
-NumPy.
+addresses are compared. What is edited through ``parameter.data`` counts too: here that is a detached alias,
+which shares the counter, where torch's own has one of its own. Norms in training mode write to their
+statistics unseen, but count their batches. Out of reach are edits through NumPy and through ``buffer.data``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STORES = ("_parameters", "_buffers")
 
 
 class Watch:
-    """Watches the floating-point tensors of ``network``, whose modules and tensors it makes its own.
+    """Watches the tensors of ``network``, whose modules and tensors it makes its own.
 
     Tensors that come in later, in place of others, are looked at one by one.
     """
@@ -32,7 +32,7 @@ class Watch:
         self._late: list[Tensor] = []
         self._buffers: list[Tensor] = []
         with torch.inference_mode(False):
-            self.anchor = torch.empty(0)
+            self.anchor = torch.empty(0, dtype=torch.float32, device="cpu")
             adopted: dict[int, Tensor] = {}
             for module in network.modules():
                 for name in _STORES:
@@ -58,12 +58,12 @@ class Watch:
         return own
 
     def places(self) -> Iterator[tuple[dict, str, Tensor]]:
-        """Every floating-point tensor of the network, and where it is."""
+        """Every tensor of the network, and where it is."""
         for module in self.network.modules():
             for name in _STORES:
                 store = module.__dict__[name]
                 for key, tensor in store.items():
-                    if tensor is not None and tensor.is_floating_point():
+                    if tensor is not None:
                         yield store, key, tensor
 
     def note_change(self) -> None:
@@ -74,8 +74,22 @@ class Watch:
         late = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in self._late]
         return self.changes, self.anchor._version, late, list(map(Tensor.data_ptr, self._buffers))
 
+    def _replace_inference_tensors(self) -> None:
+        """Puts others in the place of tensors that were made in inference mode, which count no versions."""
+        copies: dict[int, Tensor] = {}
+        with torch.inference_mode(False):
+            for store, key, tensor in list(self.places()):
+                if not tensor.is_inference():
+                    continue
+                if id(tensor) not in copies:
+                    own = tensor.clone()
+                    own = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+                    copies[id(tensor)] = self._adopted(own) if _is_plain(own) else own
+                store[key] = copies[id(tensor)]
+
     def renew(self) -> tuple:
         """The state, with tensors that came in since the last time looked at from now on."""
+        self._replace_inference_tensors()
         own = set(map(id, self._buffers))
         self._late = [
             tensor
@@ -90,7 +104,7 @@ class Watch:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether ``tensor`` can be the data of another one; others, which no kernel reads, are looked at."""
     return (
-        tensor.is_floating_point()
+        (tensor.is_floating_point() or not isinstance(tensor, nn.Parameter))
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and type(tensor) in (Tensor, nn.Parameter, nn.Buffer, WatchedParameter)

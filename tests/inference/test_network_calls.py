@@ -14,10 +14,10 @@ import dcd_kernels
 
 def test_training_mode_raises():
     network = mobilenet()
-    with pytest.raises(ValueError, match=r"model must be in eval mode.*model is in training mode"):
+    with pytest.raises(ValueError, match=r"model must be in eval mode.*the model itself is in training mode"):
         dcd_kernels.optimize_for_inference(network.train())
     network.eval().features[1].conv[0][1].train()
-    with pytest.raises(ValueError, match=r"features\.1\.conv\.0\.1 is in training mode"):
+    with pytest.raises(ValueError, match=r"'features\.1\.conv\.0\.1' is in training mode"):
         dcd_kernels.optimize_for_inference(network)
     optimised = dcd_kernels.optimize_for_inference(network.eval())
     x = image(1, 3, 32, 32)
@@ -68,7 +68,7 @@ def test_bad_input(make, bad):
 
 def test_too_small_an_image():
     optimised = dcd_kernels.optimize_for_inference(chain(conv(3, 8, 5, padding=0), nn.ReLU()).eval())
-    with pytest.raises(RuntimeError, match=r"too small.*5 x 5.*4 x 9"):
+    with pytest.raises(RuntimeError, match=r"^OptimizedNetwork: the input is too small.*5 x 5.*4 x 9"):
         optimised(torch.zeros(1, 3, 4, 9))
 
 
@@ -230,7 +230,7 @@ def test_report_and_explain():
     report = dcd_kernels.report(optimised)
     assert not report.left and "depthwise" in str(report)
     names = {entry.name: entry for entry in report}
-    assert "sum" in names["features.3.conv.2"].reason or len(names) > 20
+    assert "sum" in names["features.3.conv.2"].reason
     assert "row by row" in str(report)
     x = image(1, 3, 32, 32)
     assert str(report) in str(dcd_kernels.explain(optimised, x))

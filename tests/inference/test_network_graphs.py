@@ -4,7 +4,7 @@
 import graphs
 import pytest
 import torch
-from operands import ISAS, threads
+from operands import ISAS, instruction_set, threads
 from runs import Twin, assert_right, image, randomise
 
 import dcd_kernels as dcd
@@ -90,8 +90,6 @@ def test_max_pooling_keeps_nan(isa, position):
     x[(1, 1, *position)] = float("nan")
     with torch.no_grad(), dcd.use_backend("reference"):
         expected = network(x)
-    from operands import instruction_set
-
     with instruction_set(isa):
         got = twin.optimised(x)
     assert torch.equal(got.isnan(), expected.isnan()) and expected.isnan().any()
@@ -100,8 +98,6 @@ def test_max_pooling_keeps_nan(isa, position):
 @pytest.mark.parametrize("activation", ["ReLU", "ReLU6", "SiLU", "Hardswish"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_activations_keep_nan(isa, activation):
-    from operands import instruction_set
-
     act = getattr(torch.nn, activation)
     network = graphs.chain(graphs.conv(3, 18, 1), act(), graphs.deep(18), act(), graphs.conv(18, 5, 1), act())
     twin = Twin(network.eval())
@@ -112,3 +108,58 @@ def test_activations_keep_nan(isa, activation):
     with instruction_set(isa):
         got = twin.optimised(x)
     assert torch.equal(got.isnan(), expected.isnan()) and expected.isnan().any()
+
+
+# layers whose kernel sums up the means of what it makes; three planes, of which one is part empty
+POOLED = {
+    "pointwise": lambda: graphs.conv(18, 40, 1),
+    "strided": lambda: graphs.conv(18, 40, 1, stride=2),
+    "3×3": lambda: graphs.conv(18, 40, bias=False),
+    "depthwise": lambda: graphs.chain(graphs.conv(18, 40, 1), graphs.deep(40)),
+    "dynamic": lambda: graphs.dcd(18, 40, latent_channels=3),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", POOLED)
+def test_means_are_those_of_the_image(name, isa, count):
+    """In one pass with it where a thread makes whole planes, in another where threads share a plane."""
+    network = randomise(
+        graphs.Net(
+            lambda s, x: graphs._then(s.act(s.b(s.a(x))), lambda y: (y, y.mean((2, 3)))),
+            a=graphs.conv(3, 18),
+            b=POOLED[name](),
+            act=torch.nn.ReLU(),
+        )
+    )
+    optimised = dcd.optimize_for_inference(network)
+    for height, width in ((29, 22), (7, 7), (1, 1), (2, 31)):
+        with instruction_set(isa), threads(count), torch.no_grad():
+            x = image(1, 3, height, width)
+            made, means = optimised(x)
+            torch.testing.assert_close(made, network(x)[0], rtol=1e-4, atol=1e-4)
+        right = made.double().mean((2, 3))
+        eps = torch.finfo(means.dtype).eps
+        torch.testing.assert_close(means.double(), right, rtol=8 * eps, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", POOLED)
+def test_means_of_large_smooth_images(name, isa, count):
+    """Equal numbers are rounded to the same side: sums in float32 alone are off by hundreds of eps."""
+    network = randomise(
+        graphs.Net(
+            lambda s, x: graphs._then(s.b(s.a(x)), lambda y: (y, y.mean((2, 3)))),
+            a=graphs.conv(3, 18, 1),
+            b=POOLED[name](),
+        )
+    )
+    optimised = dcd.optimize_for_inference(network)
+    with instruction_set(isa), threads(count), torch.no_grad():
+        made, means = optimised(torch.full((1, 3, 400, 500), 0.37))
+    assert made.abs().amax((2, 3)).all(), "means of nothing"
+    right = made.double().mean((2, 3))
+    eps = torch.finfo(means.dtype).eps
+    torch.testing.assert_close(means.double(), right, rtol=64 * eps, atol=0)

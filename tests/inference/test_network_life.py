@@ -258,7 +258,7 @@ def test_network_on_another_device():
 def test_lazy_layers():
     """Their sizes are found out by a first call with an image, which is not ours to make."""
     network = chain(nn.LazyConv2d(8, 3), nn.ReLU()).eval()
-    with pytest.raises(ValueError, match=r"0\.weight has no size yet: call the model once"):
+    with pytest.raises(ValueError, match=r"'0\.weight' has no size yet: call the model once"):
         dcd_kernels.optimize_for_inference(network)
     network(image(1, 3, 9, 9))
     assert_follows(dcd_kernels.optimize_for_inference(network), image(1, 3, 9, 9))

@@ -247,6 +247,8 @@ SENSE = {
     "an unknown gate": ("branch", "gate_code", lambda call, step: 6),
     "more hidden units": ("branch", "hidden", lambda call, step: 2000),
     "a sum for a stem": ("stem", "skip", lambda call, step: 0),
+    "an output of three dimensions": ("export", "rank", lambda call, step: 3),
+    "an output of no dimension": ("export", "rank", lambda call, step: 0),
     "an output out of turn": ("export", "tensor", lambda call, step: 1),
 }
 

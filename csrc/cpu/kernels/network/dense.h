@@ -128,10 +128,9 @@ class Dense {
         return product;
     }
 
-    // Rows [y0, y1) of these planes into `to`, whose row 0 and first plane it is; their sums are added to
-    // `sums` [planes, 16] unless that is null.
+    // Rows [y0, y1) of these planes into `to`, whose row 0 and first plane it is; `means` gets their sums.
     void rows(Product<W>& product, int64_t plane, int64_t planes, int64_t y0, int64_t y1, const Image<T>& to,
-              const T* skip, int64_t skip_plane, int64_t skip_row, float* sums = nullptr) const {
+              const T* skip, int64_t skip_plane, int64_t skip_row, Means* means = nullptr) const {
         product.output_plane = to.plane, product.skip_plane = skip_plane;
         const int64_t width = size_.width;
         const T* latent = this->latent(plane, planes);
@@ -141,12 +140,12 @@ class Dense {
             const int64_t begin = y0 * width, pixels = (y1 - y0) * width;
             product_rows<S>(product, plane, planes,
                             {x_.data + begin * kBlock, latent ? latent + begin * kBlock : nullptr,
-                             skip ? skip + begin * kBlock : nullptr, to.data + begin * kBlock, sums},
-                            {}, pixels, 0, 1);
+                             skip ? skip + begin * kBlock : nullptr, to.data + begin * kBlock},
+                            {}, pixels, 0, 1, means);
             return;
         }
-        product_rows<S>(product, plane, planes, {x_.data, latent, skip, to.data, sums},
-                        {step_.stride_h * x_.row, width * kBlock, skip_row, to.row}, width, y0, y1);
+        product_rows<S>(product, plane, planes, {x_.data, latent, skip, to.data},
+                        {step_.stride_h * x_.row, width * kBlock, skip_row, to.row}, width, y0, y1, means);
     }
 
   private:
@@ -290,6 +289,7 @@ struct Coming {
         const NetworkProgram& program = frame.call.program;
         const NetworkStep& branch = *(&s + 1);
         if (&branch == program.steps + program.step_count || branch.kind != kBranch) return;
+        // of the first weights behind the branch's, about what the layer's first tile reads
         constexpr int64_t kBehind = 96 * 1024 / sizeof(W);
         begin = frame.weight(branch.squeeze);
         end = frame.weight(branch.expand) +
@@ -336,13 +336,11 @@ static bool dense(const Frame<Stored<S>>& frame, const NetworkStep& s, int64_t s
         Image<T> image = to;
         image.data += plane * to.plane;
         coming.share(product, task, groups * shares.parts);
-        float* means = pooled ? pooled + plane * kBlock : nullptr;
-        if (means) Frame<float>::fill(means, count * kBlock);
+        Means means(pooled, plane, count);
         work.rows(product, plane, count, part * to.height / shares.parts,
                   (part + 1) * to.height / shares.parts, image,
-                  skip.data ? skip.data + plane * skip.plane : nullptr, skip.plane, skip.row, means);
-        if (means)
-            for (int64_t i = 0; i < count * kBlock; ++i) means[i] /= static_cast<float>(to.height * to.width);
+                  skip.data ? skip.data + plane * skip.plane : nullptr, skip.plane, skip.row, &means);
+        means.divide(to.height * to.width);
     });
     return pools;
 }

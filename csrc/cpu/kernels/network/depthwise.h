@@ -63,14 +63,14 @@ static void depthwise_pixels(const DepthwiseRow<Stored<S>>& s, int64_t x, typena
                 }
             }
         }
-        V total = sums[v];
+        V total = S::zero();  // of the tile first: less is rounded
 #pragma GCC unroll 16
         for (int i = 0; i < PIXELS; ++i) {
             const V y = clamp ? S::min(upper, S::max(lower, acc[i])) : activate<S>(acc[i], s.activation);
             S::store(s.output + (x + i) * kBlock + v * W, y);
             total = S::add(total, y);
         }
-        sums[v] = total;
+        sums[v] = S::add(sums[v], total);
     }
 }
 
@@ -226,8 +226,7 @@ static bool depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64
                                 static_cast<size_t>(from.width * kBlock) * sizeof(T));
             }
         };
-        float* sums = pooled ? pooled + plane * kBlock : nullptr;
-        if (sums) Frame<float>::fill(sums, count * kBlock);
+        Means means(pooled, plane, count);
         const T* lines[kMaxKernel];
         const int64_t span = (s.kernel_h - 1) * s.dilation_h;
         for (int64_t y = 0; y < to.height; ++y) {
@@ -239,12 +238,12 @@ static bool depthwise(const Frame<Stored<S>>& frame, const NetworkStep& s, int64
                 depthwise_row<S>({lines, s.kernel_h, weight + c * taps * kBlock,
                                   s.bias < 0 ? nullptr : frame.constant(s.bias) + (plane + c) * kBlock,
                                   to.data + (plane + c) * to.plane + y * to.row,
-                                  sums ? sums + c * kBlock : nullptr, to.width, s.kernel_w, s.stride_w,
-                                  s.dilation_w, static_cast<int>(s.activation)});
+                                  means.sums() ? means.sums() + c * kBlock : nullptr, to.width, s.kernel_w,
+                                  s.stride_w, s.dilation_w, static_cast<int>(s.activation)});
             }
+            means.note(to.width);
         }
-        if (sums)
-            for (int64_t i = 0; i < count * kBlock; ++i) sums[i] /= static_cast<float>(to.height * to.width);
+        means.divide(to.height * to.width);
     });
     return s.bins == 1;
 }

@@ -23,30 +23,38 @@ template <class S>
 static void pool(const Image<Stored<S>>& image, int64_t planes, int64_t bins, float* output) {
     using T = Stored<S>;
     constexpr int W = S::kLanes;
+    constexpr int64_t kRows = 14;  // that are summed up before they are added to the others
     for (int64_t c = 0; c < planes; ++c)
         for (int64_t by = 0; by < bins; ++by)
             for (int64_t bx = 0; bx < bins; ++bx) {
                 const int64_t y0 = by * image.height / bins, y1 = ((by + 1) * image.height + bins - 1) / bins;
                 const int64_t x0 = bx * image.width / bins, x1 = ((bx + 1) * image.width + bins - 1) / bins;
-                auto total = pixel_of<S>([](int) { return S::zero(); });
-                for (int64_t y = y0; y < y1; ++y) {
-                    // sums of rows, so that not every pixel is added to the sum of all; four at a time
-                    const T* row = image.data + c * image.plane + y * image.row;
-                    for (int v = 0; v < kBlock / W; ++v) {
-                        auto a = S::zero(), b = S::zero(), d = S::zero(), e = S::zero();
-                        int64_t x = x0;
-                        for (; x + 4 <= x1; x += 4) {
-                            const T* at = row + x * kBlock + v * W;
-                            a = S::add(a, S::load(at)), b = S::add(b, S::load(at + kBlock));
-                            d = S::add(d, S::load(at + 2 * kBlock)), e = S::add(e, S::load(at + 3 * kBlock));
-                        }
-                        for (; x < x1; ++x) a = S::add(a, S::load(row + x * kBlock + v * W));
-                        total[v] = S::add(total[v], S::add(S::add(a, b), S::add(d, e)));
-                    }
-                }
                 float* to = output + ((by * bins + bx) * planes + c) * kBlock;
-                const auto count = S::set1(static_cast<float>((y1 - y0) * (x1 - x0)));
-                for (int v = 0; v < kBlock / W; ++v) S::store(to + v * W, S::div(total[v], count));
+                Means means(to, 0, 1);
+                for (int64_t y = y0; y < y1; y += kRows) {
+                    const int64_t end = smaller(y1, y + kRows);
+                    for (int v = 0; v < kBlock / W; ++v) {
+                        auto total = S::zero();
+                        for (int64_t i = y; i < end; ++i) {
+                            // four sums at a time
+                            const T* row = image.data + c * image.plane + i * image.row + v * W;
+                            auto a = S::zero(), b = S::zero(), d = S::zero(), e = S::zero();
+                            int64_t x = x0;
+                            for (; x + 4 <= x1; x += 4) {
+                                const T* at = row + x * kBlock;
+                                a = S::add(a, S::load(at)), b = S::add(b, S::load(at + kBlock));
+                                d = S::add(d, S::load(at + 2 * kBlock));
+                                e = S::add(e, S::load(at + 3 * kBlock));
+                            }
+                            for (; x < x1; ++x) a = S::add(a, S::load(row + x * kBlock));
+                            total = S::add(total, S::add(S::add(a, b), S::add(d, e)));
+                        }
+                        float* sum = means.sums() + v * W;
+                        S::store(sum, S::add(S::load(sum), total));
+                    }
+                    means.note((end - y) * (x1 - x0));
+                }
+                means.divide((y1 - y0) * (x1 - x0));
             }
 }
 

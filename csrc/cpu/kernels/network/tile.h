@@ -48,7 +48,58 @@ struct Places {
     int64_t reach = 0;      // where to prefetch, from the weights that are being read
 };
 
-// Bytes of weights that are fetched before they are needed.
+// Means of the planes of one task; nothing where nobody reads them. Tiles, or rows, add up in `sums`; before
+// their roundings do, which takes more pixels than the images have where time counts, those go into totals of
+// twice the precision.
+class Means {
+  public:
+    static constexpr int kMaxPlanes = 2;
+
+    Means(float* means, int64_t plane, int64_t planes)
+        : means_(means ? means + plane * kBlock : nullptr), planes_(planes) {
+        if (means_) each([&](int64_t i) { sums_[i] = 0; });
+    }
+    // [planes, 16], or null
+    float* sums() { return means_ ? sums_ : nullptr; }
+    // `pixels` more of each plane are in the sums.
+    void note(int64_t pixels) {
+        if ((pixels_ += pixels) >= kPixels && means_) add_up();
+    }
+    void divide(int64_t pixels) {
+        if (!means_) return;
+        if (!has_totals_) {
+            const float count = static_cast<float>(pixels);
+            return each([&](int64_t i) { means_[i] = sums_[i] / count; });
+        }
+        add_up();
+        const double share = 1.0 / static_cast<double>(pixels);
+        each([&](int64_t i) { means_[i] = static_cast<float>(totals_[i] * share); });
+    }
+
+  private:
+    static constexpr int64_t kPixels = 224;
+
+    template <class F>
+    void each(const F& f) {
+        for (int64_t plane = 0; plane < planes_; ++plane)
+            for (int64_t i = 0; i < kBlock; ++i) f(plane * kBlock + i);
+    }
+    void add_up() {
+        if (!has_totals_) each([&](int64_t i) { totals_[i] = 0; });
+        each([&](int64_t i) { totals_[i] += static_cast<double>(sums_[i]), sums_[i] = 0; });
+        has_totals_ = true;
+        pixels_ = 0;
+    }
+
+    float* const means_;
+    const int64_t planes_;
+    int64_t pixels_ = 0;
+    bool has_totals_ = false;
+    alignas(64) float sums_[kMaxPlanes * kBlock];
+    double totals_[kMaxPlanes * kBlock];
+};
+
+// Bytes of weights that are fetched before they are needed; found by measuring, as are the other distances.
 constexpr int64_t kReach = 8 * 1024;
 
 template <class S>
@@ -286,12 +337,15 @@ struct Rows {
 };
 
 // Rows [y0, y1) of planes [plane, plane + planes) of the result, planes at most kPlanes; `at` is row 0.
+// `means` gets their sums.
 template <class S, class TYPES = Types<Stored<S>, Weight<S>, Stored<S>>>
 static void product_rows(Product<typename TYPES::W>& s, int64_t plane, int64_t planes,
-                         const Places<TYPES>& at, const Rows& rows, int64_t width, int64_t y0, int64_t y1) {
+                         const Places<TYPES>& at, const Rows& rows, int64_t width, int64_t y0, int64_t y1,
+                         Means* means = nullptr) {
     constexpr int64_t kPixels = TileLimits<S>::kPixels;
     const RunTile<TYPES>* run = tiles_for<S, TYPES>(s.pixel, planes);
     const int64_t tiles = (width + kPixels - 1) / kPixels;
+    static_assert(TileLimits<S>::kPlanes <= Means::kMaxPlanes);
     for (int64_t y = y0; y < y1; ++y)
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t x = t * width / tiles, count = (t + 1) * width / tiles - x;
@@ -301,11 +355,13 @@ static void product_rows(Product<typename TYPES::W>& s, int64_t plane, int64_t p
                 s.coming += planes * s.weight_plane;
             }
             s.near = true;
-            run[count - 1](s, plane,
-                           {at.input ? at.input + y * rows.input + x * s.pixel : nullptr,
-                            at.latent ? at.latent + y * rows.latent + x * kBlock : nullptr,
-                            at.skip ? at.skip + y * rows.skip + x * kBlock : nullptr,
-                            at.output + y * rows.output + x * kBlock, at.sums, reach});
+            run[count - 1](
+                s, plane,
+                {at.input ? at.input + y * rows.input + x * s.pixel : nullptr,
+                 at.latent ? at.latent + y * rows.latent + x * kBlock : nullptr,
+                 at.skip ? at.skip + y * rows.skip + x * kBlock : nullptr,
+                 at.output + y * rows.output + x * kBlock, means ? means->sums() : nullptr, reach});
+            if (means) means->note(count);
         }
 }
 
