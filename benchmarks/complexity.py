@@ -269,7 +269,9 @@ def _print_formulas() -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="run.py complexity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m dcd_kernels bench complexity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(arguments)
     print(CONVENTION + "\n")

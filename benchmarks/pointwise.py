@@ -15,7 +15,7 @@ QUICK_SECONDS, FULL_SECONDS = 0.6, 5.0
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.pointwise", description=__doc__)
+    made = argparse.ArgumentParser(prog="python -m dcd_kernels bench pointwise", description=__doc__)
     made.add_argument(
         "--quick", action="store_true", help="about half a minute, forward only unless --task is given"
     )

@@ -199,13 +199,14 @@ def print_bars(console: Console, results: Sequence[CaseResult], isa: str, comple
     tasks = {result.task for result in results}
     dtypes = {result.case.dtype for result in results}
     bars = [bar for bar in BARS if bar.dtype in dtypes and bar.task in tasks]
-    barred = {bar.label for bar in bars if isa in bar.isas or bar.kind == "must"}
+    printed = {bar.label for bar in bars if isa in bar.isas}
     for bar in bars:
-        # without a bar at this instruction set a figure is still printed, once
-        if isa not in bar.isas and bar.kind == "aim" and (bar.label in barred or bar.task != FORWARD):
-            continue
-        values = ratios(results, bar.task, bar.numerator, bar.denominator)
         applies = isa in bar.isas
+        # without a bar at this instruction set a figure is still printed, once
+        if not applies and (bar.label in printed or (bar.kind == "aim" and bar.task != FORWARD)):
+            continue
+        printed.add(bar.label)
+        values = ratios(results, bar.task, bar.numerator, bar.denominator)
         head = str(bar) if applies else "no bar at this instruction set"
         if not values:
             console.print(f"{bar.label:<46}{head}: not measured")

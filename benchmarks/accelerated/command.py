@@ -22,7 +22,7 @@ SMALLEST_SIZE = 64
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="run.py accelerated", description=__doc__)
+    made = argparse.ArgumentParser(prog="python -m dcd_kernels bench accelerated", description=__doc__)
     made.add_argument(
         "--networks",
         nargs="+",

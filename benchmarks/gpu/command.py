@@ -24,7 +24,7 @@ NOT_YET = "not yet run on hardware"
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    made = argparse.ArgumentParser(prog="python -m dcd_kernels bench gpu", description=__doc__)
     made.add_argument("--list", action="store_true", help="print cases and candidates; needs no GPU")
     made.add_argument("--minutes", type=float, default=8.0, help="begin no case after that (default 8)")
     made.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="only these, see --list")

@@ -31,7 +31,7 @@ DEFAULT = "mobilenet_v2_x0.5"
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="run.py networks", description=__doc__)
+    made = argparse.ArgumentParser(prog="python -m dcd_kernels bench networks", description=__doc__)
     made.add_argument(
         "--networks",
         nargs="+",

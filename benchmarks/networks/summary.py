@@ -58,10 +58,9 @@ def _cell(rows: Rows, runtime: str, form: str) -> str:
 
 def table(rows: Rows) -> str:
     """Milliseconds, static → dynamic, on one thread; then threads, training and the paper's protocol."""
-    lines, runs = [], {}
+    lines = []
     for batch in BATCHES:
         cases = {network: case_rows(rows, INFERENCE, network, batch) for network in NETWORKS}
-        runs |= {case[0]["date"]: case[0] for case in cases.values() if case}
         body = [
             (title, *(_cell(case, runtime, form) for case in cases.values()))
             for runtime, form, title in LINES
@@ -70,22 +69,42 @@ def table(rows: Rows) -> str:
         if body:
             lines += ["", f"| batch {batch} | {' | '.join(TITLES.values())} |", "| --- " * 5 + "|"]
             lines += [f"| {' | '.join(cells)} |" for cells in body]
-    notes = [*_baselines(rows), *_threads(rows), *_training(rows), *_protocol(rows)]
-    notes += [
-        f"- {run['cpu']}, one thread; torch {run['torch']}, "
-        + ", ".join(f"{name} {run[name]}" for name in PACKAGES[2:])
-        + f"; commit {run['commit'][:12]}, {run['date'][:10]}."
-        for run in _distinct(runs)
-    ]
     if not lines:
         return "not yet measured"
+    notes = [*_baselines(rows), *_threads(rows), *_training(rows), *_protocol(rows), *_runs(rows)]
     return "\n".join([*lines[1:], "", *notes])
 
 
-def _distinct(runs: dict[str, Row]) -> list[Row]:
-    """One row for each commit and day, the oldest first."""
-    found = {(runs[date]["commit"], date[:10]): runs[date] for date in sorted(runs)}
-    return list(found.values())
+def _runs(rows: Rows) -> list[str]:
+    """What each run measured, with what and when; the oldest first."""
+    measured = [
+        (what or TITLES[network], case[0])
+        for what, task, batches, threads in (
+            ("", INFERENCE, BATCHES, 1),
+            ("two threads", INFERENCE, (8,), 2),
+            ("training", TRAINING, (8,), 1),
+            ("protocol", PROTOCOL, (1,), 1),
+        )
+        for network in NETWORKS
+        for batch in batches
+        if (case := case_rows(rows, task, network, batch, threads))
+    ]
+    found: dict[tuple[str, ...], dict[str, None]] = {}
+    for what, row in sorted(measured, key=lambda pair: pair[1]["date"]):
+        key = (
+            row["cpu"],
+            row["torch"],
+            *(row[name] for name in PACKAGES[2:]),
+            row["commit"],
+            row["date"][:10],
+        )
+        found.setdefault(key, {})[what] = None
+    return [
+        f"- {', '.join(what)}: {cpu}; torch {torch}, "
+        + ", ".join(f"{name} {version}" for name, version in zip(PACKAGES[2:], versions, strict=True))
+        + f"; commit {commit[:12]}, {date}."
+        for (cpu, torch, *versions, commit, date), what in found.items()
+    ]
 
 
 def _baselines(rows: Rows) -> list[str]:
