@@ -7,7 +7,7 @@
 #   make clean        remove what the targets made
 #
 # On a machine with a GPU, with PYTHON=<path of a Python that has a CUDA torch> and the libraries built beside the package:
-#   make gpu-check    the GPU tests, in ten minutes         make gpu-bench   the GPU benchmarks, resumable, in ten minutes
+#   make gpu-check    the GPU tests, in ten minutes         make gpu-bench   the GPU benchmarks, resumable, in eight
 #   make gpu          some of both, in ten minutes
 #
 # OMP_NUM_THREADS, PIP_EXTRA_INDEX_URL and the like are taken from the environment as usual.
@@ -68,7 +68,8 @@ bench: $(VENV)/.bench
 bench-full: $(VENV)/.bench
 	@status=0; \
 	for suite in "pointwise --brief" "pointwise --brief --isa avx2 --task forward" \
-		"accelerated --networks all" "networks" "networks --threads 2 --task inference --batch 8"; do \
+		"pointwise --brief --dtype bfloat16 --task forward" "accelerated --networks all" \
+		"networks" "networks --threads 2 --task inference --batch 8"; do \
 		$(BENCH) $$suite --save || status=$$?; \
 	done; \
 	$(BIN)/python -m benchmarks.readme; \
@@ -133,10 +134,12 @@ $(SANITIZED)/.built: $(VENV)/.installed $(wildcard dcd_kernels/*.py dcd_kernels/
 	touch $@
 
 test-full: install $(SANITIZED)/.built
-	$(COMPILED) $(PYTEST_ARGS)
-	$(INTERPRETED) $(PYTEST_ARGS)
-	$(SANITIZED_RUN) $(BIN)/python -P -c "from dcd_kernels import _core; assert _core.build_info()['sanitizers'], _core"
-	$(SANITIZED_RUN) $(BIN)/pytest -q $(PYTEST_ARGS) -k "not compile" $(SANITIZED_TESTS)
+	@$(SANITIZED_RUN) $(BIN)/python -P -c "from dcd_kernels import _core; assert _core.build_info()['sanitizers'], _core"
+	@status=0; \
+	$(COMPILED) $(PYTEST_ARGS) || status=$$?; \
+	$(INTERPRETED) $(PYTEST_ARGS) || status=$$?; \
+	$(SANITIZED_RUN) $(BIN)/pytest -q $(PYTEST_ARGS) -k "not compile" $(SANITIZED_TESTS) || status=$$?; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) build build-sanitize dist *.egg-info demo-output dcd_kernels/*.so .pytest_cache .ruff_cache .hypothesis

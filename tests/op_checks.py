@@ -8,7 +8,7 @@ import torch
 from cases import assert_close_to_truth
 from operands import Case, call, operands, plain
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 
 def values(

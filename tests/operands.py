@@ -16,7 +16,7 @@ from cases import SEED, as_array, in_layout
 from torch import Tensor
 
 from dcd_kernels import ops, pack_weight, reference
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 FACTORS = {
     "pointwise": ("input", "weight", "p", "phi", "q", "lam"),

@@ -368,7 +368,9 @@ def test_the_readme_s_table():
     assert "times as fast as with one: 1.80 (ResNet-18)." in text
     assert "ResNet-18 1.10 of the time and 1.05 of the memory." in text
     assert "mean over 300 images: ours 2.00 → 2.28 ms (+14 %)." in text
-    assert "a CPU, one thread; torch 2, onnxruntime 1, openvino 1; commit cccccccccccc, 2026-01-02." in text
+    measured = "ResNet-18, two threads, training, protocol"
+    packages = "torch 2, onnxruntime 1, openvino 1"
+    assert f"- {measured}: a CPU; {packages}; commit cccccccccccc, 2026-01-02." in text
     assert summary.table([]) == "not yet measured"
 
 

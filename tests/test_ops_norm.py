@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import as_array, assert_close_to_truth, in_layout
 from operands import HALF, ISAS, LAYOUTS, instruction_set, is_channels_last, threads
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 from dcd_kernels.ops import norm
 
 OPS = torch.ops.dcd_kernels

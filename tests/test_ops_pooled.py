@@ -8,7 +8,7 @@ import torch
 from operands import Case, in_float64, operands
 
 from dcd_kernels import ops
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 CASES = [
     Case("pointwise", 2, 6, 4, 3, (5, 4), "relu6", bias="sample", residual=True),

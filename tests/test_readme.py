@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dcd_kernels as dcd
+from benchmarks import readme
 from dcd_kernels import extension
 from dcd_kernels.backends import selection
 from dcd_kernels.explain import support_table_markdown
@@ -74,6 +75,19 @@ def test_accelerate_s_example():
     names = {"dcd": dcd, "model": dcd.models.released.mobilenet_v2(0.1)}
     exec(example, names)
     assert len(dcd.report(names["model"]).taken) == 33
+
+
+def test_optimize_for_inference_s_example(capsys):
+    (example,) = [text for text in EXAMPLES if "optimize_for_inference" in text]
+    images = torch.rand(2, 3, 64, 64)
+    names = {"dcd": dcd, "model": dcd.models.mobilenet_v2(0.25), "images": images}
+    exec(example, names)
+    torch.testing.assert_close(names["y"], names["model"](images).detach(), rtol=1e-3, atol=1e-4)
+    assert "OptimizedNetwork" in repr(names["fast"]) and "features.0.0" in capsys.readouterr().out
+
+
+def test_the_numbers_are_those_of_the_rows():
+    assert readme.main(["--check"]) == 0, "run: python -m benchmarks.readme"
 
 
 def test_every_environment_variable_is_in_the_table_and_no_other():

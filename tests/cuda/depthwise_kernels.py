@@ -16,7 +16,7 @@ import torch
 from operands import Case
 from torch import Tensor
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"

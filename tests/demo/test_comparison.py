@@ -143,8 +143,11 @@ def test_the_memory_of_each_formulation_is_measured(tmp_path):
     torch.save(subject, tmp_path / "subject.pt")
     for name in (*comparison.NAMES, comparison.STATIC):
         peak = memory.peak_of(tmp_path / "subject.pt", name)
-        # the largest activation, 96 channels at 112 × 112, is there at least twice: before and behind a layer
-        assert 2 * 2 * 96 * 112**2 * 4 * 0.9 < peak < 500 * 2**20, (name, peak)
+        # the largest image, 96 channels at 112 × 112, is there at least twice: before and behind a layer;
+        # in one call it is computed row by row, and the largest image is one of 32 channels of one sample
+        largest = 2 * 2 * 96 * 112**2 * 4 * 0.9
+        least, most = (32 * 112**2 * 4, largest) if name == comparison.OPTIMISED else (largest, 500 * 2**20)
+        assert least < peak < most, (name, peak)
     with pytest.raises(RuntimeError, match="unheard-of"):
         memory.peak_of(tmp_path / "subject.pt", "unheard-of")
 

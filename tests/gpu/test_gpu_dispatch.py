@@ -13,7 +13,7 @@ import torch
 from on_device import DEPTHWISE, ON_GPU, takes
 from operands import LAYOUTS, call, label, operands
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 STENCIL = DEPTHWISE[2]
 WHOLE = [

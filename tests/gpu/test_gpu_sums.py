@@ -16,7 +16,7 @@ from operands import LAYOUTS, Case, in_float64, operands, plain
 
 import dcd_kernels as dcd
 from dcd_kernels import ops
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 from dcd_kernels.nn import DynamicBranch
 
 POOLED = [
@@ -46,7 +46,13 @@ def test_pointwise_pooled(case, layout, precision, device):
         # a sum may cancel, the sizes of its terms may not: the tolerance's 4 eps are of those
         error = (sums.double() - summed(truth)).norm().item()
         allowed = 2 * (summed(same).double() - summed(truth)).norm().item()
-        allowed += 4 * (precision.eps or torch.finfo(torch.float32).eps) * summed(truth.abs()).norm().item()
+        terms = summed(truth.abs()).norm().item()
+        allowed += 4 * (precision.eps or torch.finfo(torch.float32).eps) * terms
+        if precision.dtype is torch.bfloat16:
+            eps, pixels = torch.finfo(torch.bfloat16).eps, truth[0, 0].numel()
+            # what is summed was rounded, each pixel by itself, which few of them do not even out; and on the
+            # CPU λ W0 once for all of them, which no number does
+            allowed += (eps / 4 / pixels**0.5 + (eps / 16 if device.type == "cpu" else 0)) * terms
         assert sums.dtype == torch.float32 and error <= allowed, (error, allowed)
 
 

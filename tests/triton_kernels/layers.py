@@ -13,7 +13,7 @@ import ahead
 import torch
 
 from benchmarks.cases import POINTWISE_SHAPES, latent_channels
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 BATCH = 256
 LAYOUTS = ("contiguous", "channels_last")

@@ -18,7 +18,7 @@ import torch
 from cases import assert_close_to_truth, in_layout
 from operands import HALF, LAYOUTS, Case, call, label, operands, plain
 
-from dcd_kernels.checks import ACTIVATIONS
+from dcd_kernels.arguments import ACTIVATIONS
 
 pytestmark = [
     pytest.mark.usefixtures("triton_on_cpu"),

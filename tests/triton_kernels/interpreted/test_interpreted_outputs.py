@@ -22,8 +22,8 @@ from patching import replaced
 from triton.runtime.interpreter import InterpretedFunction
 
 import dcd_kernels.backends.triton as package
+from dcd_kernels.arguments import ACTIVATIONS
 from dcd_kernels.backends.triton import entry, tuning
-from dcd_kernels.checks import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 
