@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dcd_kernels.arguments import ACTIVATIONS, check_tensors
+from dcd_kernels.arguments import ACTIVATIONS, check_sizes, check_tensors
 from dcd_kernels.geometry import show
 from dcd_kernels.nn.branch import DynamicBranch, one_of
 from dcd_kernels.nn.latent import LatentRule, latent_channels, squeeze_channels
@@ -96,8 +96,8 @@ class DCDLayer(nn.Module):
             )
         if condition_channels is None:
             condition_channels = in_channels
-        elif condition_channels < 1:
-            raise ValueError(f"{name}: {self.condition_option} must be at least 1, got {condition_channels}")
+        else:
+            check_sizes(name, **{self.condition_option: condition_channels})
 
         factory = {"device": device, "dtype": dtype}
 
