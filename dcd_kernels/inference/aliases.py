@@ -9,16 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from dcd_kernels.interop.layers import DROPOUTS
+
 from .capture import Captured
 
 _MAY_RETURN_THEIR_INPUT = (
     nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
+    *DROPOUTS,
     nn.Flatten,
     nn.Unflatten,
     nn.Sequential,

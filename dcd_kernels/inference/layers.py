@@ -139,8 +139,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_identity(module: nn.Module) -> bool:
-    dropouts = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-    return type(module) is nn.Identity or (type(module) in dropouts and not module.training)
+    return type(module) is nn.Identity or (type(module) in torch_layers.DROPOUTS and not module.training)
 
 
 def convolution_of(module: nn.Module, recipe: patch.Recipe | None, dtype: torch.dtype) -> Convolution:

@@ -11,7 +11,6 @@ import threading
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from .. import extension
@@ -19,7 +18,7 @@ from ..arguments import check_module
 from ..backends import selection
 from ..explain import Explanation, explain
 from ..interop import report
-from ..interop.layers import are_watched
+from ..interop.layers import DROPOUTS, are_watched
 
 if extension.LOADED:
     from ..ops.autograd import is_traced
@@ -241,7 +240,7 @@ def _with_modes(network: nn.Module) -> tuple[nn.Module, ...]:
     Its children, which somebody may put into training mode by mistake, and dropouts, of which somebody may
     want the noise.
     """
-    dropouts = (module for module in network.modules() if isinstance(module, _DropoutNd))
+    dropouts = (module for module in network.modules() if isinstance(module, DROPOUTS))
     return (*dict.fromkeys((*network.children(), *dropouts)),)
 
 

@@ -11,6 +11,15 @@ from torch.utils.module_tracker import ModuleTracker
 _RANKS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # of what they read
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NORMS = (*_BATCH_NORMS, nn.GroupNorm)
+# what does nothing outside training
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 _ONES = ((1,), (1, 1), (1, 1, 1))
 _NO_PADDING = ((0,), (0, 0), (0, 0, 0), "valid")
 
